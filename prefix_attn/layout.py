@@ -1,0 +1,596 @@
+"""Where the segments of a prefix forest lie on the packed axis, and who attends to whom.
+
+Segments are packed end to end in depth-first order, so the subtree of a segment is one contiguous
+range of rows, and one integer per key is the whole attention rule:
+
+    row r attends key c   iff   c <= r < subtree_end[c]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+DRAWN_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PrefixLayout:
+    """A prefix forest on the packed axis: plain tensors, built once per micro-batch.
+
+    Build one with `from_lengths`, `from_tree`, `from_sequences` or `from_padded`; every layer, the
+    backward pass and recomputation share it.
+
+    For one prefix of three tokens and suffixes of two and one, `print(layout)` draws
+
+        # . . . . .
+        # # . . . .
+        # # # . . .
+        # # # # . .
+        # # # # # .
+        # # # . . #
+
+    Attributes:
+        segments: (2, S) int32 on the CPU, the lengths and the parents: the whole layout.
+        cu_seqlens: (S + 1,) int32, first row of each segment, and T.
+        parents: (S,) int32, the segment that each one continues, -1 for roots.
+        position_ids: (T,) int64, depth of each token along its path.
+        subtree_end: (T,) int32, end of the subtree of each row's segment.
+        sequence_leaves: (N,) int32 on the CPU, the leaf segment of each sequence, in the order in
+            which the caller named the sequences.
+        num_groups: number of roots.
+    """
+
+    segments: Tensor
+    cu_seqlens: Tensor
+    parents: Tensor
+    position_ids: Tensor
+    subtree_end: Tensor
+    sequence_leaves: Tensor
+    num_groups: int
+
+    # ---- construction ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_lengths(
+        cls,
+        prefix_lens: Sequence[int] | Tensor,
+        suffix_lens: Sequence[Sequence[int] | Tensor],
+        device: torch.device | str | None = None,
+    ) -> PrefixLayout:
+        """Builds groups of depth one: a prefix and the suffixes that continue it.
+
+        Args:
+            prefix_lens: one length per group; 0 makes a group of independent sequences.
+            suffix_lens: for each group the lengths of its suffixes; 0 is allowed.
+            device: where the tensors live; the CPU by default.
+
+        Raises:
+            ValueError: if a length is negative or not an integer, or the two lists differ in
+                length.
+
+        Example:
+            >>> layout = PrefixLayout.from_lengths([3, 2], [[2, 1], [4]])
+            >>> layout.num_tokens, layout.num_groups, layout.num_sequences
+            (12, 2, 3)
+        """
+        prefixes = _int_array("prefix_lens", prefix_lens)
+        if isinstance(suffix_lens, (str, bytes, Tensor)) or not isinstance(suffix_lens, Sequence):
+            raise ValueError(
+                "suffix_lens must be a sequence of sequences of lengths, one per group, got "
+                f"{type(suffix_lens).__name__}"
+            )
+        if len(prefixes) != len(suffix_lens):
+            raise ValueError(
+                "prefix_lens and suffix_lens must have one entry per group, got "
+                f"{len(prefixes)} prefixes and {len(suffix_lens)} groups of suffixes"
+            )
+        members = [_int_array(f"suffix_lens[{g}]", s) for g, s in enumerate(suffix_lens)]
+        sizes = np.array([1 + len(m) for m in members], dtype=np.int64)
+        roots = np.cumsum(sizes) - sizes
+        parents = np.repeat(roots, sizes)
+        parents[roots] = -1
+        lengths = np.empty(int(sizes.sum()), dtype=np.int64)
+        lengths[parents >= 0] = np.concatenate([*members, np.empty(0, dtype=np.int64)])
+        lengths[roots] = prefixes
+        return cls._from_arrays(lengths, parents, device)
+
+    @classmethod
+    def from_tree(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        parents: Sequence[int] | Tensor,
+        device: torch.device | str | None = None,
+    ) -> PrefixLayout:
+        """Builds any prefix forest, given in depth-first order.
+
+        Args:
+            lengths: tokens in each segment.
+            parents: `parents[i] < i` is the segment that segment i continues, -1 for a root.
+            device: where the tensors live; the CPU by default.
+
+        Raises:
+            ValueError: naming the entry that is negative, out of range, cyclic or out of
+                depth-first order.
+
+        Example:
+            >>> layout = PrefixLayout.from_tree([4, 2, 1, 3], [-1, 0, 1, 0])
+            >>> layout.position_ids.tolist()
+            [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
+        """
+        length_array = _int_array("lengths", lengths)
+        parent_array = _int_array("parents", parents, least=-1)
+        if len(length_array) != len(parent_array):
+            raise ValueError(
+                "lengths and parents must have one entry per segment, got "
+                f"{len(length_array)} lengths and {len(parent_array)} parents"
+            )
+        _check_depth_first(parent_array)
+        return cls._from_arrays(length_array, parent_array, device)
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Sequence[int] | Tensor],
+        device: torch.device | str | None = None,
+    ) -> tuple[PrefixLayout, Tensor]:
+        """Finds every shared prefix among token id lists, at any depth, by a radix tree.
+
+        Args:
+            sequences: N lists of token ids (ids are not negative).
+            device: where the tensors live; the CPU by default.
+
+        Returns:
+            `(layout, packed_ids)`, packed_ids (T,) int64. Sequence i of the layout
+            (`sequence_rows(i)`, `unpack`) is `sequences[i]`, whatever order the tree has.
+
+        Example:
+            >>> layout, ids = PrefixLayout.from_sequences([[5, 6, 7], [1], [5, 6, 8, 9]])
+            >>> ids.tolist(), ids[layout.sequence_rows(2)].tolist()
+            ([5, 6, 7, 8, 9, 1], [5, 6, 8, 9])
+        """
+        arrays = [_int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
+        layout = cls._from_radix(arrays, device)
+        packed = np.empty(layout.num_tokens, dtype=np.int64)
+        for rows, ids in zip(layout._path_rows, arrays, strict=True):
+            packed[rows] = ids
+        return layout, torch.from_numpy(packed).to(layout.device)
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        device: torch.device | str | None = None,
+    ) -> tuple[PrefixLayout, Tensor, Tensor]:
+        """Finds every shared prefix in an ordinary padded batch, left or right padded.
+
+        Args:
+            input_ids: (B, L) integer token ids.
+            attention_mask: (B, L), non-zero at tokens.
+            device: where the tensors live; that of `input_ids` by default.
+
+        Returns:
+            `(layout, source_index, row_index)`: source_index (T,) int64 is the flat batch slot
+            of each packed row, row_index (B, L) int64 the packed row of each slot, -1 at padding.
+
+        Example:
+            >>> ids = torch.tensor([[7, 8, 9], [0, 7, 8]])
+            >>> layout, source, rows = PrefixLayout.from_padded(ids, torch.tensor([[1, 1, 1],
+            ...                                                                   [0, 1, 1]]))
+            >>> source.tolist(), rows.tolist()
+            ([0, 1, 2], [[0, 1, 2], [-1, 0, 1]])
+        """
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                "input_ids must be an integer tensor of shape (B, L), got "
+                f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            )
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        device = input_ids.device if device is None else device
+        ids, mask = torch.stack([input_ids.long(), (attention_mask != 0).long()]).cpu().numpy()
+        slots = [np.flatnonzero(row) for row in mask]
+        arrays = [_int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(slots)]
+        layout = cls._from_radix(arrays, device)
+        source_index = np.empty(layout.num_tokens, dtype=np.int64)
+        row_index = np.full(ids.shape, -1, dtype=np.int64)
+        # The first of the sequences that share a row is its source: fill it last.
+        for i in reversed(range(len(arrays))):
+            rows = layout._path_rows[i]
+            row_index[i, slots[i]] = rows
+            source_index[rows] = i * ids.shape[1] + slots[i]
+        to = layout.device
+        return layout, torch.from_numpy(source_index).to(to), torch.from_numpy(row_index).to(to)
+
+    @classmethod
+    def _from_radix(
+        cls, arrays: list[np.ndarray], device: torch.device | str | None
+    ) -> PrefixLayout:
+        lengths, parents, leaves = _radix_tree(arrays)
+        return cls._from_arrays(lengths, parents, device, leaves)
+
+    @classmethod
+    def _from_arrays(
+        cls,
+        lengths: np.ndarray,
+        parents: np.ndarray,
+        device: torch.device | str | None,
+        leaves: np.ndarray | None = None,
+    ) -> PrefixLayout:
+        total = sum(lengths.tolist())  # Python's integers do not overflow
+        if total > INT32_MAX:
+            raise ValueError(f"a layout holds at most {INT32_MAX} tokens, got {total}")
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        subtree_ends = _subtree_ends(parents, ends)
+        depths = _depths(parents, lengths)
+        within = np.arange(total) - np.repeat(starts, lengths)
+        if leaves is None:
+            leaves = np.setdiff1d(np.arange(len(parents)), parents)
+        tensors = [
+            np.concatenate([[0], ends]).astype(np.int32),
+            parents.astype(np.int32),
+            np.repeat(depths, lengths) + within,
+            np.repeat(subtree_ends, lengths).astype(np.int32),
+        ]
+        device = torch.device("cpu" if device is None else device)
+        cu_seqlens, parents_t, position_ids, subtree_end = (
+            torch.from_numpy(t).to(device) for t in tensors
+        )
+        return cls(
+            segments=torch.from_numpy(np.stack([lengths, parents]).astype(np.int32)),
+            cu_seqlens=cu_seqlens,
+            parents=parents_t,
+            position_ids=position_ids,
+            subtree_end=subtree_end,
+            sequence_leaves=torch.from_numpy(leaves.astype(np.int32)),
+            num_groups=int((parents < 0).sum()),
+        )
+
+    def to(self, device: torch.device | str) -> PrefixLayout:
+        """Returns the same layout with its tensors on `device`."""
+        return PrefixLayout(
+            segments=self.segments,
+            cu_seqlens=self.cu_seqlens.to(device),
+            parents=self.parents.to(device),
+            position_ids=self.position_ids.to(device),
+            subtree_end=self.subtree_end.to(device),
+            sequence_leaves=self.sequence_leaves,
+            num_groups=self.num_groups,
+        )
+
+    # ---- counts ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.subtree_end.device
+
+    @property
+    def num_tokens(self) -> int:
+        """T, rows on the packed axis."""
+        return self.subtree_end.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        """S, empty segments included."""
+        return self.parents.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """N, paths from a root to a leaf."""
+        return self.sequence_leaves.shape[0]
+
+    @cached_property
+    def repeated_tokens(self) -> int:
+        """Tokens that the same sequences have when every one is run whole."""
+        return int(self._sequence_lengths.sum())
+
+    @cached_property
+    def flop_ratio(self) -> float:
+        """Attention FLOPs without sharing over those with it: the ideal speed-up.
+
+        Counts the allowed (query, key) pairs of each sequence run whole, over those of the layout.
+        """
+        whole = self._sequence_lengths
+        lengths, parents = self.segments.numpy().astype(np.int64)
+        before = _depths(parents, lengths)
+        shared = (lengths * before + lengths * (lengths + 1) // 2).sum()
+        return float((whole * (whole + 1) // 2).sum() / shared) if shared else 1.0
+
+    # ---- moving data ----------------------------------------------------------------------------
+
+    def sequence_rows(self, i: int) -> Tensor:
+        """Packed rows of sequence i from root to leaf: (L_i,) int64."""
+        if not 0 <= i < self.num_sequences:
+            raise ValueError(f"sequence {i} does not exist, there are {self.num_sequences}")
+        return torch.from_numpy(self._path_rows[i]).to(self.device)
+
+    def pack(self, sequences: Sequence[Tensor]) -> Tensor:
+        """Packs one tensor per sequence, shared tokens once: the inverse of `unpack`.
+
+        Args:
+            sequences: for each sequence a tensor (L_i, ...), such as embeddings or labels.
+
+        Returns:
+            (T, ...). A shared row is taken from the first sequence that holds it.
+
+        Raises:
+            ValueError: if the number of sequences or the length of one is wrong.
+        """
+        if len(sequences) != self.num_sequences:
+            raise ValueError(f"expected {self.num_sequences} sequences, got {len(sequences)}")
+        for i, (x, rows) in enumerate(zip(sequences, self._path_rows, strict=True)):
+            if x.shape[0] != len(rows):
+                raise ValueError(f"sequence {i} must have {len(rows)} tokens, got {tuple(x.shape)}")
+        if not len(sequences):
+            raise ValueError("an empty layout has nothing to pack")
+        return torch.cat(list(sequences))[self._first_slots]
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Splits a packed (T, ...) tensor into one (L_i, ...) tensor per sequence.
+
+        Differentiable: the gradient of a shared row is summed over the sequences that hold it.
+        """
+        if x.dim() == 0 or x.shape[0] != self.num_tokens:
+            raise ValueError(f"x must have shape ({self.num_tokens}, ...), got {tuple(x.shape)}")
+        lengths = [len(rows) for rows in self._path_rows]
+        return list(x[self._all_rows].split(lengths)) if lengths else []
+
+    @cached_property
+    def target_index(self) -> Tensor:
+        """Rows of all tokens that have a predecessor on their path: (M,) int64, ascending."""
+        return self._label_rows[1]
+
+    @cached_property
+    def predictor_index(self) -> Tensor:
+        """For each row of `target_index` the row whose logits predict it: (M,) int64.
+
+        The last row of a prefix appears once per child: the label at the fork is right for every
+        member.
+        """
+        return self._label_rows[0]
+
+    # ---- the attention rule ---------------------------------------------------------------------
+
+    def materialize(self) -> Tensor:
+        """The dense (T, T) bool mask, True where row attends column: slow, for tests."""
+        rows = torch.arange(self.num_tokens, device=self.subtree_end.device)
+        return (rows[None, :] <= rows[:, None]) & (rows[:, None] < self.subtree_end[None, :])
+
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The same rule as a `mask_mod` for `torch.nn.attention.flex_attention`."""
+        subtree_end = self.subtree_end
+
+        def shared_prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (kv_idx <= q_idx) & (q_idx < subtree_end[kv_idx])
+
+        return shared_prefix
+
+    # ---- showing itself -------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixLayout(num_tokens={self.num_tokens}, num_segments={self.num_segments}, "
+            f"num_groups={self.num_groups}, num_sequences={self.num_sequences}, "
+            f"device='{self.device}')"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_groups} groups, {self.num_sequences} sequences, {self.num_segments} "
+            f"segments",
+            f"{self.num_tokens} tokens instead of {self.repeated_tokens} repeated, attention "
+            f"FLOPs {self.flop_ratio:.2f}x fewer",
+        ]
+        if 0 < self.num_tokens <= DRAWN_TOKENS:
+            mask = self.materialize().tolist()
+            lines += [" ".join("#" if keep else "." for keep in row) for row in mask]
+        return "\n".join(lines)
+
+    # ---- derived, on the host -------------------------------------------------------------------
+
+    @cached_property
+    def _sequence_lengths(self) -> np.ndarray:
+        lengths, parents = self.segments.numpy().astype(np.int64)
+        return (_depths(parents, lengths) + lengths)[self.sequence_leaves.numpy()]
+
+    @cached_property
+    def _path_rows(self) -> list[np.ndarray]:
+        lengths, parents = self.segments.numpy().astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        rows = []
+        for leaf in self.sequence_leaves.tolist():
+            path = [np.empty(0, dtype=np.int64)]
+            while leaf >= 0:
+                path.append(np.arange(starts[leaf], starts[leaf] + lengths[leaf]))
+                leaf = int(parents[leaf])
+            rows.append(np.concatenate(path[::-1]))
+        return rows
+
+    @cached_property
+    def _all_rows(self) -> Tensor:
+        return torch.from_numpy(np.concatenate(self._path_rows)).to(self.device)
+
+    @cached_property
+    def _first_slots(self) -> Tensor:
+        """For each packed row its first place in the sequences laid end to end."""
+        _, first = np.unique(np.concatenate(self._path_rows), return_index=True)
+        return torch.from_numpy(first).to(self.device)
+
+    @cached_property
+    def _label_rows(self) -> tuple[Tensor, Tensor]:
+        lengths, parents = self.segments.numpy().astype(np.int64)
+        ends = np.cumsum(lengths)
+        # The nearest ancestor that is not empty holds the predecessor of a segment's first token.
+        ancestor = parents.copy()
+        while True:
+            hollow = (ancestor >= 0) & (lengths[ancestor] == 0)
+            if not hollow.any():
+                break
+            ancestor[hollow] = parents[ancestor[hollow]]
+        predictor = np.arange(self.num_tokens) - 1
+        filled = lengths > 0
+        predictor[(ends - lengths)[filled]] = np.where(ancestor >= 0, ends[ancestor] - 1, -1)[
+            filled
+        ]
+        target = np.flatnonzero(predictor >= 0)
+        return (
+            torch.from_numpy(predictor[target]).to(self.device),
+            torch.from_numpy(target).to(self.device),
+        )
+
+
+def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
+    """Checks integers against `least` and returns them as int64."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    try:
+        raw = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be a flat list of integers, got {values!r}") from error
+    if raw.ndim != 1:
+        raise ValueError(f"{name} must be a flat list of integers, got {values!r}")
+    if raw.size == 0:
+        return np.empty(0, dtype=np.int64)
+    most = np.iinfo(np.int64).max
+    if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= most:
+        return raw.astype(np.int64)
+    for i, item in enumerate(values):
+        value = item.item() if isinstance(item, (np.generic, Tensor)) else item
+        if type(value) is not int:
+            raise ValueError(f"{name} must hold integers, got {value!r} at {name}[{i}]")
+        if value < least:
+            raise ValueError(f"{name}[{i}] must be at least {least}, got {value}")
+        if value > most:
+            raise ValueError(f"{name}[{i}] must be at most {most}, got {value}")
+    raise ValueError(f"{name} must hold integers, got {raw.dtype}")
+
+
+def _check_depth_first(parents: np.ndarray) -> None:
+    """Refuses parents that come later (cycles) or whose subtree was already closed."""
+    late = np.flatnonzero(parents >= np.arange(len(parents)))
+    if late.size:
+        i = int(late[0])
+        raise ValueError(f"parents[{i}] must be less than {i} (or -1), got {parents[i]}")
+    path: list[int] = []
+    for i, parent in enumerate(parents.tolist()):
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            raise ValueError(
+                f"segments must be in depth-first order: parents[{i}] is {parent}, but the "
+                f"subtree of segment {parent} ended before segment {i}"
+            )
+        path.append(i)
+
+
+def _depths(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens on the path above each segment."""
+    sizes = lengths.tolist()
+    depths: list[int] = []
+    for parent in parents.tolist():
+        depths.append(depths[parent] + sizes[parent] if parent >= 0 else 0)
+    return np.array(depths, dtype=np.int64)
+
+
+def _subtree_ends(parents: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """End row of each subtree: a child hands its own to its parent, last segment first."""
+    subtree_ends = ends.tolist()
+    for i, parent in reversed(list(enumerate(parents.tolist()))):
+        if parent >= 0:
+            subtree_ends[parent] = max(subtree_ends[parent], subtree_ends[i])
+    return np.array(subtree_ends, dtype=np.int64)
+
+
+def _radix_tree(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Merges equal prefixes: lengths and parents in depth-first order, and a leaf per sequence.
+
+    Sorted sequences hold every shared prefix side by side, so the tree follows from the common
+    prefix lengths of neighbours. Children are put back in the callers' order.
+    """
+    count = len(arrays)
+    if not count:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+    sizes = np.array([len(a) for a in arrays])
+    # Ids shifted by one, so that the end of a sequence (0) differs from every token.
+    padded = np.zeros((count, int(sizes.max()) + 1), dtype=np.int64)
+    for i, ids in enumerate(arrays):
+        padded[i, : len(ids)] = ids + 1
+    order = np.argsort(padded.view(np.dtype((np.void, padded.strides[0]))).ravel(), kind="stable")
+    ranked = padded[order]
+    common = np.empty(count, dtype=np.int64)
+    common[0] = 0
+    differs = ranked[1:] != ranked[:-1]
+    # Equal sequences have no differing column: they share all their tokens.
+    common[1:] = np.where(differs.any(1), differs.argmax(1), sizes[order][1:])
+
+    # Nodes by the depth at which they end; one opens when a sequence leaves the current path.
+    node_end: list[int] = []
+    node_parent: list[int] = []
+    leaf_of = np.empty(count, dtype=np.int64)
+
+    def new_node(end: int, parent: int) -> int:
+        node_end.append(end)
+        node_parent.append(parent)
+        return len(node_end) - 1
+
+    path: list[int] = []  # nodes from the root to the last sequence's, none of them empty
+    for rank, (sequence, shared) in enumerate(zip(order.tolist(), common.tolist(), strict=True)):
+        left = -1
+        while path and node_end[path[-1]] > shared:
+            left = path.pop()
+        fork = path[-1] if path else -1
+        if left >= 0 and shared > (node_end[fork] if path else 0):
+            # The node that was left is cut in two at the fork.
+            fork = new_node(shared, fork)
+            node_parent[left] = fork
+            path.append(fork)
+        elif left < 0 and path:
+            # The sequence before ends at the fork: it gets an empty leaf of its own.
+            before = order[rank - 1]
+            if leaf_of[before] == fork:
+                leaf_of[before] = new_node(shared, fork)
+        leaf_of[sequence] = new_node(int(sizes[sequence]), fork)
+        if sizes[sequence] > shared:
+            path.append(int(leaf_of[sequence]))
+    return _depth_first(node_end, node_parent, leaf_of)
+
+
+def _depth_first(
+    node_end: list[int], node_parent: list[int], leaf_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Orders the nodes of a radix tree depth first, siblings by their first sequence."""
+    count = len(node_end)
+    first = np.full(count, len(leaf_of), dtype=np.int64)
+    for sequence, node in enumerate(leaf_of.tolist()):
+        while node >= 0 and first[node] > sequence:
+            first[node] = sequence
+            node = node_parent[node]
+    children: list[list[int]] = [[] for _ in range(count + 1)]
+    for node in np.argsort(-first, kind="stable").tolist():
+        children[node_parent[node]].append(node)  # -1 is the last list, the roots
+    lengths, parents = np.empty(count, np.int64), np.empty(count, np.int64)
+    place = np.full(count + 1, -1, dtype=np.int64)
+    stack = list(children[-1])
+    position = 0
+    while stack:
+        node = stack.pop()
+        parent = node_parent[node]
+        place[node] = position
+        parents[position] = place[parent]
+        lengths[position] = node_end[node] - (node_end[parent] if parent >= 0 else 0)
+        position += 1
+        stack += children[node]
+    return lengths, parents, place[leaf_of]

@@ -1,0 +1,464 @@
+"""PrefixLayout against definitions that walk every path by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+from prefix_attn.layout import PrefixLayout
+
+TREE = ([4, 2, 1, 3], [-1, 0, 1, 0])  # two sequences, one of them three segments deep
+NAN = float("nan")
+
+
+@st.composite
+def forests(draw, min_length=0):
+    """Lengths and parents of a random forest in depth-first order."""
+    count = draw(st.integers(0, 9))
+    lengths = draw(st.lists(st.integers(min_length, 4), min_size=count, max_size=count))
+    parents: list[int] = []
+    path = [-1]
+    for i in range(count):
+        depth = draw(st.integers(0, len(path) - 1))
+        parents.append(path[depth])
+        path = [*path[: depth + 1], i]
+    return lengths, parents
+
+
+@st.composite
+def token_lists(draw):
+    """Sequences over three tokens that often repeat or continue one another."""
+    return draw(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=8))
+
+
+def rows_of_paths(lengths, parents):
+    """For each leaf, in order, the packed rows from its root to its end."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    paths = []
+    for leaf in range(len(lengths)):
+        if leaf in parents:
+            continue
+        rows, segment = [], leaf
+        while segment >= 0:
+            rows = [*range(starts[segment], starts[segment] + lengths[segment]), *rows]
+            segment = parents[segment]
+        paths.append(rows)
+    return paths
+
+
+def mask_of_paths(total, paths):
+    """Row r attends key c iff some sequence holds c at or before r."""
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for rows in paths:
+        for i, row in enumerate(rows):
+            mask[row, rows[: i + 1]] = True
+    return mask
+
+
+def shared_prefix_length(a, b):
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def distinct_prefixes(sequences):
+    return {tuple(s[: i + 1]) for s in sequences for i in range(len(s))}
+
+
+def check_sharing(layout, sequences):
+    """Two sequences share as many rows as they share leading tokens, and no other."""
+    assert layout.num_sequences == len(sequences)
+    assert layout.num_tokens == len(distinct_prefixes(sequences))
+    assert layout.repeated_tokens == sum(map(len, sequences))
+    rows = [layout.sequence_rows(i).tolist() for i in range(len(sequences))]
+    for i, j in itertools.combinations(range(len(sequences)), 2):
+        shared = shared_prefix_length(sequences[i], sequences[j])
+        assert rows[i][:shared] == rows[j][:shared]
+        assert not set(rows[i][shared:]) & set(rows[j][shared:])
+    assert torch.equal(layout.materialize(), mask_of_paths(layout.num_tokens, rows))
+
+
+@given(forests())
+def test_from_tree_matches_paths(forest):
+    lengths, parents = forest
+    layout = PrefixLayout.from_tree(lengths, parents)
+    paths = rows_of_paths(lengths, parents)
+    assert [layout.sequence_rows(i).tolist() for i in range(len(paths))] == paths
+    assert layout.num_sequences == len(paths)
+    assert layout.num_tokens == sum(lengths)
+    assert layout.num_segments == len(lengths)
+    assert layout.num_groups == parents.count(-1)
+    assert layout.cu_seqlens.tolist() == list(itertools.accumulate(lengths, initial=0))
+    assert layout.parents.tolist() == parents
+    assert layout.repeated_tokens == sum(map(len, paths))
+    for rows in paths:
+        assert layout.position_ids[rows].tolist() == list(range(len(rows)))
+
+
+@given(forests())
+def test_materialize_matches_paths(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    assert torch.equal(
+        layout.materialize(), mask_of_paths(layout.num_tokens, rows_of_paths(*forest))
+    )
+
+
+@given(forests())
+def test_subtree_end_bounds_descendants(forest):
+    lengths, parents = forest
+    layout = PrefixLayout.from_tree(lengths, parents)
+    ends = list(itertools.accumulate(lengths))
+    expected = []
+    for i, length in enumerate(lengths):
+        below = {i}
+        for j in range(i + 1, len(parents)):
+            if parents[j] in below:
+                below.add(j)
+        expected += [max(ends[j] for j in below)] * length
+    assert layout.subtree_end.tolist() == expected
+
+
+@settings(max_examples=20)
+@given(forests(min_length=1).filter(lambda forest: forest[0]))
+def test_mask_mod_matches_materialize(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    t = layout.num_tokens
+    mask = create_mask(layout.mask_mod(), None, None, t, t, device="cpu")
+    assert torch.equal(mask[0, 0], layout.materialize())
+
+
+@given(forests())
+def test_flop_ratio_counts_pairs(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    whole = sum(len(rows) * (len(rows) + 1) // 2 for rows in rows_of_paths(*forest))
+    shared = int(layout.materialize().sum())
+    assert layout.flop_ratio == (pytest.approx(whole / shared) if shared else 1.0)
+
+
+@given(forests())
+def test_predictor_index_is_the_token_before(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    pairs = {
+        (after, before)
+        for rows in rows_of_paths(*forest)
+        for before, after in itertools.pairwise(rows)
+    }
+    found = zip(layout.target_index.tolist(), layout.predictor_index.tolist(), strict=True)
+    assert list(found) == sorted(pairs)
+
+
+def test_predictor_index_repeats_the_fork():
+    layout = PrefixLayout.from_lengths([3], [[2, 0, 1]])
+    assert layout.target_index.tolist() == [1, 2, 3, 4, 5]
+    assert layout.predictor_index.tolist() == [0, 1, 2, 3, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 3), max_size=4)), max_size=4))
+def test_from_lengths_matches_from_tree(groups):
+    lengths: list[int] = []
+    parents: list[int] = []
+    for prefix, suffixes in groups:
+        parents += [-1] + [len(lengths)] * len(suffixes)
+        lengths += [prefix, *suffixes]
+    layout = PrefixLayout.from_lengths([p for p, _ in groups], [s for _, s in groups])
+    expected = PrefixLayout.from_tree(lengths, parents)
+    for name in ("segments", "cu_seqlens", "parents", "position_ids", "subtree_end"):
+        assert torch.equal(getattr(layout, name), getattr(expected, name)), name
+    assert torch.equal(layout.sequence_leaves, expected.sequence_leaves)
+
+
+@pytest.mark.parametrize("integers", [torch.tensor, np.array, tuple])
+def test_from_lengths_takes_any_integers(integers):
+    layout = PrefixLayout.from_lengths(integers([3, 2]), [integers([2, 1]), integers([4])])
+    assert layout.cu_seqlens.tolist() == [0, 3, 5, 6, 8, 12]
+
+
+def test_from_tree_handles_a_deep_chain():
+    depth = 20_000  # no recursion, and no work that grows with the square of the depth
+    layout = PrefixLayout.from_tree([1] * depth, range(-1, depth - 1))
+    assert layout.position_ids.equal(torch.arange(depth))
+    assert (layout.subtree_end == depth).all()
+
+
+def test_tensors_have_documented_types():
+    layout = PrefixLayout.from_tree(*TREE)
+    assert layout.cu_seqlens.dtype == layout.parents.dtype == torch.int32
+    assert layout.subtree_end.dtype == torch.int32
+    assert layout.position_ids.dtype == torch.int64
+    assert layout.sequence_rows(0).dtype == layout.target_index.dtype == torch.int64
+
+
+def test_layout_is_frozen_and_compares_by_identity():
+    layout, other = PrefixLayout.from_tree(*TREE), PrefixLayout.from_tree(*TREE)
+    assert layout != other
+    assert len({layout, other}) == 2
+    with pytest.raises(AttributeError):
+        layout.num_groups = 3
+
+
+@given(forests().filter(lambda forest: forest[0]))
+def test_pack_inverts_unpack(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    x = torch.randn(layout.num_tokens, 2)
+    parts = layout.unpack(x)
+    for part, rows in zip(parts, rows_of_paths(*forest), strict=True):
+        assert torch.equal(part, x[rows])
+    assert torch.equal(layout.pack(parts), x)
+
+
+def test_pack_takes_shared_rows_from_the_first():
+    layout = PrefixLayout.from_lengths([2], [[1, 1]])
+    packed = layout.pack([torch.tensor([1, 2, 3]), torch.tensor([7, 8, 9])])
+    assert packed.tolist() == [1, 2, 3, 9]
+
+
+@given(forests())
+def test_unpack_gradient_sums_over_sequences(forest):
+    layout = PrefixLayout.from_tree(*forest)
+    x = torch.zeros(layout.num_tokens, requires_grad=True)
+    weight, expected = 1.0, torch.zeros(layout.num_tokens)
+    loss = x.sum() * 0
+    for part, rows in zip(layout.unpack(x), rows_of_paths(*forest), strict=True):
+        loss = loss + weight * part.sum()
+        expected[rows] += weight
+        weight *= 2  # powers of two: every subset of sequences has a sum of its own
+    loss.backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_unpack_of_an_empty_layout_is_empty():
+    layout = PrefixLayout.from_lengths([], [])
+    assert layout.unpack(torch.empty(0, 4)) == []
+    assert layout.num_tokens == layout.num_sequences == layout.repeated_tokens == 0
+    assert layout.materialize().shape == (0, 0)
+
+
+@settings(max_examples=500)
+@given(token_lists())
+def test_from_sequences_shares_what_is_equal(sequences):
+    layout, ids = PrefixLayout.from_sequences(sequences)
+    assert ids.dtype == torch.int64
+    for i, sequence in enumerate(sequences):
+        assert ids[layout.sequence_rows(i)].tolist() == sequence
+    check_sharing(layout, sequences)
+    # Each sequence has a leaf of its own.
+    assert len(set(layout.sequence_leaves.tolist())) == len(sequences)
+    assert not set(layout.sequence_leaves.tolist()) & set(layout.parents.tolist())
+    # The forest is one that from_tree accepts.
+    rebuilt = PrefixLayout.from_tree(*layout.segments)
+    assert torch.equal(rebuilt.subtree_end, layout.subtree_end)
+    assert sorted(layout.sequence_leaves.tolist()) == rebuilt.sequence_leaves.tolist()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "lengths", "parents"),
+    [
+        pytest.param([[1, 2]] * 3, [2, 0, 0, 0], [-1, 0, 0, 0], id="three times the same"),
+        pytest.param([[1], [1, 2]], [1, 0, 1], [-1, 0, 0], id="prefix of another"),
+        pytest.param([[1, 2], [1], [1]], [1, 1, 0, 0], [-1, 0, 0, 0], id="prefix, twice"),
+        pytest.param([[], [1], [], [2]], [0, 1, 0, 1], [-1] * 4, id="empty is nobody's parent"),
+        pytest.param([[], []], [0, 0], [-1, -1], id="only empty"),
+        pytest.param(
+            [[1, 2, 3], [4], [1, 2, 5]], [2, 1, 1, 1], [-1, 0, 0, -1], id="callers' order"
+        ),
+        pytest.param(
+            [[1, 2, 3], [1, 4], [1, 2, 5]], [1, 1, 1, 1, 1], [-1, 0, 1, 1, 0], id="fork in a fork"
+        ),
+    ],
+)
+def test_from_sequences_builds_the_radix_tree(sequences, lengths, parents):
+    layout, _ = PrefixLayout.from_sequences(sequences)
+    assert layout.segments.tolist() == [lengths, parents]
+
+
+@given(token_lists(), st.sampled_from(["left", "right"]), st.integers(0, 2))
+def test_from_padded_shares_what_is_equal(sequences, side, extra):
+    width = max(map(len, sequences), default=0) + extra
+    ids = torch.full((len(sequences), width), -100)  # padding may hold anything
+    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+    for i, sequence in enumerate(sequences):
+        start = width - len(sequence) if side == "left" else 0
+        ids[i, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        mask[i, start : start + len(sequence)] = 1
+    layout, source_index, row_index = PrefixLayout.from_padded(ids, mask)
+    check_sharing(layout, sequences)
+    assert torch.equal(row_index >= 0, mask.bool())
+    packed = ids.flatten()[source_index]
+    for i, sequence in enumerate(sequences):
+        assert row_index[i][mask[i].bool()].tolist() == layout.sequence_rows(i).tolist()
+        assert packed[layout.sequence_rows(i)].tolist() == sequence
+    # The source of a row is the first slot that holds it.
+    slots = row_index.flatten().tolist()
+    assert source_index.tolist() == [slots.index(row) for row in range(layout.num_tokens)]
+
+
+def test_from_padded_agrees_with_from_sequences_on_a_boolean_mask():
+    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]], dtype=torch.int32)
+    layout, source_index, _ = PrefixLayout.from_padded(ids, ids > 0)
+    expected, packed = PrefixLayout.from_sequences([[5, 6, 7], [5, 6, 8, 9]])
+    assert torch.equal(layout.segments, expected.segments)
+    assert torch.equal(ids.flatten()[source_index].long(), packed)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_to_moves_every_tensor(device):
+    layout = PrefixLayout.from_tree(*TREE).to(device)
+    assert layout.device.type == device
+    for name in ("cu_seqlens", "parents", "position_ids", "subtree_end", "target_index"):
+        assert getattr(layout, name).device.type == device, name
+    assert layout.sequence_rows(0).device.type == device
+    assert (layout.num_tokens, layout.num_sequences, layout.num_groups) == (10, 2, 1)
+
+
+def test_from_tree_builds_on_the_device():
+    assert PrefixLayout.from_tree(*TREE, device="meta").subtree_end.device.type == "meta"
+
+
+def test_repr_counts():
+    assert repr(PrefixLayout.from_tree(*TREE)) == (
+        "PrefixLayout(num_tokens=10, num_segments=4, num_groups=1, num_sequences=2, device='cpu')"
+    )
+
+
+def test_str_draws_small_layouts():
+    drawing = str(PrefixLayout.from_lengths([3], [[2, 1]])).splitlines()
+    assert drawing[:2] == [
+        "1 groups, 2 sequences, 3 segments",
+        "6 tokens instead of 9 repeated, attention FLOPs 1.32x fewer",
+    ]
+    assert drawing[2:] == [
+        "# . . . . .",
+        "# # . . . .",
+        "# # # . . .",
+        "# # # # . .",
+        "# # # # # .",
+        "# # # . . #",
+    ]
+
+
+def test_str_counts_large_layouts():
+    text = str(PrefixLayout.from_lengths([1000], [[10] * 4]))
+    assert "1040 tokens instead of 4040" in text
+    assert "#" not in text
+
+
+@pytest.mark.parametrize(
+    ("prefix_lens", "suffix_lens", "message"),
+    [
+        ([3, -1], [[1], [1]], r"prefix_lens\[1\] must be at least 0, got -1"),
+        ([3], [[1, -2]], r"suffix_lens\[0\]\[1\] must be at least 0, got -2"),
+        ([3, 1.5], [[1], [1]], r"prefix_lens must hold integers, got 1.5 at prefix_lens\[1\]"),
+        ([3, NAN], [[1], [1]], r"prefix_lens must hold integers, got nan"),
+        ([3], [torch.tensor([1.0])], r"suffix_lens\[0\] must hold integers, got 1.0"),
+        ([True], [[1]], r"prefix_lens must hold integers, got True"),
+        (["3"], [[1]], r"prefix_lens must hold integers, got '3'"),
+        ([None], [[1]], r"prefix_lens must hold integers, got None"),
+        (3, [[1]], r"prefix_lens must be a flat list of integers, got 3"),
+        ([[3]], [[1]], r"prefix_lens must be a flat list of integers, got \[\[3\]\]"),
+        ([3], [[[1], [2, 3]]], r"suffix_lens\[0\] must be a flat list of integers"),
+        ([3, 4], [[1]], r"one entry per group, got 2 prefixes and 1 groups"),
+        ([3], 4, r"suffix_lens must be a sequence of sequences of lengths.*, got int"),
+        ([3], torch.ones(1, 2), r"suffix_lens must be a sequence of sequences.*, got Tensor"),
+        ([2**31 - 1], [[1]], r"a layout holds at most 2147483647 tokens, got 2147483648"),
+        (
+            [2**62] * 4,
+            [[]] * 4,
+            r"a layout holds at most 2147483647 tokens, got 18446744073709551616",
+        ),
+        ([2**63], [[]], r"prefix_lens\[0\] must be at most 9223372036854775807, got"),
+        ([1, 2**80], [[], []], r"prefix_lens\[1\] must be at most 9223372036854775807, got"),
+    ],
+)
+def test_from_lengths_refuses(prefix_lens, suffix_lens, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_lengths(prefix_lens, suffix_lens)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parents", "message"),
+    [
+        ([1, 1], [-1], r"one entry per segment, got 2 lengths and 1 parents"),
+        ([1, -4], [-1, 0], r"lengths\[1\] must be at least 0, got -4"),
+        ([1, 1], [-1, -2], r"parents\[1\] must be at least -1, got -2"),
+        ([1, NAN], [-1, 0], r"lengths must hold integers, got nan at lengths\[1\]"),
+        ([1, 1], [-1, 0.0], r"parents must hold integers, got 0.0"),
+        ([1, 1, 1], [-1, 2, 1], r"parents\[1\] must be less than 1 \(or -1\), got 2"),
+        ([1, 1], [-1, 1], r"parents\[1\] must be less than 1 \(or -1\), got 1"),
+        ([1], [0], r"parents\[0\] must be less than 0 \(or -1\), got 0"),
+        (
+            [1] * 4,
+            [-1, 0, 0, 1],
+            r"depth-first order: parents\[3\] is 1, but the subtree of segment 1 ended before "
+            r"segment 3",
+        ),
+        ([1] * 3, [-1, -1, 0], r"depth-first order: parents\[2\] is 0"),
+    ],
+)
+def test_from_tree_refuses(lengths, parents, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_tree(lengths, parents)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([[1], [2, -3]], r"sequences\[1\]\[1\] must be at least 0, got -3"),
+        ([[1], 5], r"sequences\[1\] must be a flat list of integers, got 5"),
+        ([[1, NAN]], r"sequences\[0\] must hold integers, got nan"),
+    ],
+)
+def test_from_sequences_refuses(sequences, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_sequences(sequences)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (
+            torch.zeros(3, dtype=torch.int64),
+            torch.ones(3),
+            r"shape \(B, L\), got torch.int64 \(3,\)",
+        ),
+        (torch.zeros(2, 3), torch.ones(2, 3), r"integer tensor .* got torch.float32 \(2, 3\)"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.ones(2, 4),
+            r"attention_mask must have the shape of input_ids \(2, 3\), got \(2, 4\)",
+        ),
+        (
+            torch.tensor([[4, -1]]),
+            torch.ones(1, 2),
+            r"input_ids\[0\]\[1\] must be at least 0, got -1",
+        ),
+    ],
+)
+def test_from_padded_refuses(ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_padded(ids, mask)
+
+
+@pytest.mark.parametrize("i", [-1, 2])
+def test_sequence_rows_refuses_unknown_sequences(i):
+    with pytest.raises(ValueError, match=f"sequence {i} does not exist, there are 2"):
+        PrefixLayout.from_tree(*TREE).sequence_rows(i)
+
+
+def test_pack_refuses_wrong_sequences():
+    layout = PrefixLayout.from_tree(*TREE)
+    with pytest.raises(ValueError, match="expected 2 sequences, got 1"):
+        layout.pack([torch.zeros(7)])
+    with pytest.raises(ValueError, match=r"sequence 1 must have 7 tokens, got \(6, 2\)"):
+        layout.pack([torch.zeros(7, 2), torch.zeros(6, 2)])
+    with pytest.raises(ValueError, match="an empty layout has nothing to pack"):
+        PrefixLayout.from_lengths([], []).pack([])
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (11, 10)])
+def test_unpack_refuses_wrong_rows(shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(10, \.\.\.\), got \("):
+        PrefixLayout.from_tree(*TREE).unpack(torch.zeros(shape))
