@@ -1,0 +1,218 @@
+"""`prefix_attention`: checks the call, chooses a backend, runs it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from prefix_attn.layout import PrefixLayout
+from prefix_attn.ops import BACKENDS, PrefixAttention
+from prefix_attn.reference import reference_attention
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+@overload
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = ...,
+    window_size: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    deterministic: bool | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = ...,
+    window_size: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    deterministic: bool | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Row r attends key c iff `c <= r < subtree_end[c]`: softmax(scale Q K^T) V over those keys.
+
+    The result and the gradients are those of running every sequence whole; the gradient of a
+    shared row is the sum over all sequences that share it.
+
+    Args:
+        q: (T, Hq, D) queries on the packed axis; D from 16 to 256. Strides are free except that
+            the last dimension is contiguous.
+        k: (T, Hkv, D) keys; Hq is a multiple of Hkv.
+        v: (T, Hkv, DV) values; DV from 16 to 256.
+        layout: where the segments lie, T tokens, on the device of q.
+        scale: factor of the scores, `D ** -0.5` by default.
+        window_size: a query sees this many keys on its path, itself included (positions, not
+            packed rows). Backend "reference" only.
+        softcap: scores s become `softcap * tanh(s / softcap)`. Backend "reference" only.
+        sinks: (Hq,), one more logit per query head in the softmax denominator, differentiable.
+            Backend "reference" only.
+        return_lse: also return the log-sum-exp of the scores.
+        deterministic: gradients have the same bits from run to run. Every backend is
+            deterministic, so None, True and False do the same today.
+        backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "cpu", "reference"
+            (dense), or "auto": triton on CUDA; on the CPU cpu, or reference for options that cpu
+            lacks. A named backend never falls back to another one.
+
+    Returns:
+        out (T, Hq, DV) in the dtype of q; with `return_lse` also lse (Hq, T), natural log,
+        float32 (float64 for float64 inputs), differentiable.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a shape, dtype, device or value is wrong; it names the value.
+        NotImplementedError: if the backend can't serve the call; it lists the reasons of all.
+
+    Example:
+        >>> layout = PrefixLayout.from_lengths([3], [[2, 1]])
+        >>> q, k, v = torch.randn(3, 6, 2, 16).unbind()
+        >>> prefix_attention(q, k, v, layout).shape
+        torch.Size([6, 2, 16])
+    """
+    _check_tensors(q, k, v, layout, sinks)
+    scale = q.shape[2] ** -0.5 if scale is None else _number("scale", scale)
+    if window_size is not None and (type(window_size) is not int or window_size < 1):
+        raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
+    if softcap is not None:
+        softcap = _number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if deterministic not in (None, True, False):
+        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+    options = [
+        name
+        for name, value in (("window_size", window_size), ("softcap", softcap), ("sinks", sinks))
+        if value is not None
+    ]
+    backend = choose_backend(backend, q.device.type, q.dtype, tuple(options))
+    if backend == "reference":
+        out, lse = reference_attention(
+            q, k, v, layout, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks
+        )
+    else:
+        out, lse = PrefixAttention.apply(q, k, v, layout.segments, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(
+    backend: str, device_type: str, dtype: torch.dtype, options: tuple[str, ...] = ()
+) -> str:
+    """Returns the backend that serves a call.
+
+    Args:
+        backend: a name, or "auto".
+        device_type: such as "cuda" or "cpu".
+        dtype: dtype of q, k and v.
+        options: names of the options in use.
+
+    Raises:
+        ValueError: if there is no such backend.
+        NotImplementedError: if it can't serve the call, with the reason of every backend.
+    """
+    names = [*BACKENDS, "reference"]
+    if backend not in ("auto", *names):
+        raise ValueError(f"backend must be one of {['auto', *names]}, got {backend!r}")
+    reasons: dict[str, str | None] = {"reference": None}
+    for name, module in BACKENDS.items():
+        reasons[name] = module.why_not(torch.device(device_type), dtype)
+        if options and reasons[name] is None:
+            reasons[name] = f"does not support {', '.join(options)} yet"
+    auto = {"cuda": ("triton",), "cpu": ("cpu", "reference")}.get(device_type, ())
+    for name in auto if backend == "auto" else (backend,):
+        if reasons[name] is None:
+            return name
+    listing = "; ".join(f"{name}: {reasons[name] or 'can'}" for name in names)
+    raise NotImplementedError(
+        f"backend {backend!r} can't serve this call ({device_type}, {dtype}). {listing}"
+    )
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, sinks: Tensor | None
+) -> None:
+    if not isinstance(layout, PrefixLayout):
+        raise TypeError(f"layout must be a PrefixLayout, got {type(layout).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 3:
+            raise ValueError(f"{name} must have shape (T, H, D), got {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must have one dtype, got q {q.dtype}, {name} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(
+                f"q, k and v must be on one device, got q on {q.device}, {name} on {x.device}"
+            )
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            raise ValueError(
+                f"the last dimension of {name} must be contiguous, got strides {x.stride()}; "
+                f"call {name}.contiguous()"
+            )
+    if layout.device != q.device:
+        raise ValueError(
+            f"the layout is on {layout.device}, q on {q.device}; use layout.to('{q.device}')"
+        )
+    tokens, heads, head_dim = q.shape
+    if layout.num_tokens != tokens:
+        raise ValueError(f"the layout has {layout.num_tokens} tokens, q has {tokens}")
+    kv_heads = k.shape[1]
+    if k.shape[0] != tokens or k.shape[2] != head_dim:
+        raise ValueError(f"k must have shape ({tokens}, Hkv, {head_dim}), got {tuple(k.shape)}")
+    if v.shape[0] != tokens or v.shape[1] != kv_heads:
+        raise ValueError(f"v must have shape ({tokens}, {kv_heads}, DV), got {tuple(v.shape)}")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"Hq must be a positive multiple of Hkv, got Hq {heads}, Hkv {kv_heads}")
+    for name, size in (("D", head_dim), ("DV", v.shape[2])):
+        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
+    if sinks is not None and (sinks.shape != (heads,) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks must have shape ({heads},) on {q.device}, got {tuple(sinks.shape)} on "
+            f"{sinks.device}"
+        )
+
+
+def _number(name: str, value: float) -> float:
+    """A finite float, or an error that names the argument and its value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)

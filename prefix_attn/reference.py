@@ -1,0 +1,52 @@
+"""The dense oracle: plain PyTorch, any device, differentiable by autograd, quadratic in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefix_attn.layout import PrefixLayout
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention under the dense mask of a layout, in float32 or better.
+
+    Args:
+        q: (T, Hq, D).
+        k: (T, Hkv, D).
+        v: (T, Hkv, DV).
+        layout: of T tokens.
+        scale: factor of the scores.
+        window_size: a query sees this many positions, its own included.
+        softcap: scores s become softcap * tanh(s / softcap).
+        sinks: (Hq,), one more logit in each softmax denominator.
+
+    Returns:
+        out (T, Hq, DV) in the dtype of q, and lse (Hq, T), natural log, sinks included.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = torch.einsum("mhd,nhd->hmn", q.to(dtype), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    keep = layout.materialize()
+    if window_size is not None:
+        position = layout.position_ids
+        keep = keep & (position[:, None] - position[None, :] < window_size)
+    scores = scores.masked_fill(~keep, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
+    out = torch.einsum("hmn,nhd->mhd", torch.exp(scores - lse[..., None]), v)
+    return out.to(q.dtype), lse

@@ -1,0 +1,159 @@
+"""The Triton backend: picks tile shapes, fetches the work lists of a layout, launches the kernels.
+
+Imported only where it is used: `import prefix_attn` needs no Triton.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefix_attn import schedule
+
+if TYPE_CHECKING:
+    from prefix_attn.kernels.backward import BackwardTables
+    from prefix_attn.kernels.config import Config, Tile
+    from prefix_attn.kernels.forward import ForwardTables
+
+# Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
+MAX_STRIDE = 2**23
+CACHED_LAYOUTS = 64
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (T, Hq, DV) and lse (Hq, T) of packed q, k, v under the layout of `segments`."""
+    from prefix_attn.kernels.forward import launch_forward
+
+    q, k, v = (_addressable(x) for x in (q, k, v))
+    config = _config(q, v)
+    tables = _forward_tables(_key(segments), config.forward, q.device)
+    return launch_forward(q, k, v, tables, scale, config)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    segments: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; the gradient of a prefix is summed over its members and query heads."""
+    from prefix_attn.kernels.backward import launch_backward
+
+    dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
+    dlse = None if dlse is None else dlse.contiguous()
+    config = _config(q, v)
+    tables = _backward_tables(
+        _key(segments), config, k.shape[1], q.shape[1] // k.shape[1], q.device
+    )
+    return launch_backward(dout, q, k, v, out, lse.contiguous(), dlse, tables, scale, config)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why this backend can't serve tensors of a device and dtype, or None."""
+    try:
+        from prefix_attn.kernels.forward import forward_kernel
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    from triton.runtime.interpreter import InterpretedFunction
+
+    interpreted = isinstance(forward_kernel, InterpretedFunction)
+    if device.type != "cuda" and not interpreted:
+        return f"needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got {device.type} tensors"
+    if dtype == torch.float64 and not interpreted:
+        return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return None
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """A tensor with a contiguous last dimension and rows near enough for 32-bit tile offsets."""
+    near = x.stride(-1) == 1 and 0 <= x.stride(0) <= MAX_STRIDE
+    return x if near or x.numel() == 0 else x.contiguous()
+
+
+def _config(q: Tensor, v: Tensor) -> Config:
+    from prefix_attn.kernels.config import INTERPRETER, select_config
+
+    if q.device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(q.device)
+    return select_config(
+        capability=properties.major * 10 + properties.minor,
+        head_dim=max(q.shape[2], v.shape[2]),
+        dtype=q.dtype,
+        processors=properties.multi_processor_count,
+    )
+
+
+def _key(segments: Tensor) -> tuple[int, bytes]:
+    """What work lists are cached by: the content of a layout, not the object that holds it."""
+    return segments.shape[1], segments.numpy().tobytes()
+
+
+@lru_cache(CACHED_LAYOUTS)
+def _forest(key: tuple[int, bytes]) -> schedule.Forest:
+    count, content = key
+    return schedule.Forest.from_segments(*np.frombuffer(content, np.int32).reshape(2, count))
+
+
+@lru_cache(CACHED_LAYOUTS)
+def _subtree_end(key: tuple[int, bytes], device: torch.device) -> Tensor:
+    return _to(device, _forest(key).row_subtree_ends())
+
+
+@lru_cache(CACHED_LAYOUTS)
+def _forward_tables(key: tuple[int, bytes], tile: Tile, device: torch.device) -> ForwardTables:
+    from prefix_attn.kernels.forward import ForwardTables
+
+    work = schedule.QueryTiles.from_forest(_forest(key), tile.block_m, tile.block_n)
+    return ForwardTables(
+        subtree_end=_subtree_end(key, device),
+        items=_to(device, work.items),
+        columns=_to(device, work.columns),
+        masked=_to(device, work.masked),
+    )
+
+
+@lru_cache(CACHED_LAYOUTS)
+def _backward_tables(
+    key: tuple[int, bytes], config: Config, heads: int, group: int, device: torch.device
+) -> BackwardTables:
+    from prefix_attn.kernels.backward import BackwardTables
+
+    forest = _forest(key)
+    keys = schedule.balanced_key_tiles(
+        forest,
+        config.keys.block_m,
+        config.keys.block_n,
+        heads=heads,
+        group=group,
+        processors=config.processors,
+    )
+    queries = schedule.QueryTiles.from_forest(
+        forest, config.queries.block_m, config.queries.block_n
+    )
+    order, _ = schedule.backward_order(keys, queries, config.keys.area, config.queries.area, group)
+    return BackwardTables(
+        subtree_end=_subtree_end(key, device),
+        order=_to(device, order),
+        key_items=_to(device, keys.items),
+        splits=_to(device, keys.splits),
+        num_slots=keys.num_slots,
+        query_items=_to(device, queries.items),
+        columns=_to(device, queries.columns),
+        masked=_to(device, queries.masked),
+    )
+
+
+def _to(device: torch.device, table: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
