@@ -166,10 +166,10 @@ def key_tile(
     else:
         # Partial sums lie as (slot, KV head, BLOCK_N, D).
         part = (slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N
-        dk_ptrs = dk_part_ptr + part * D + offs_n[:, None] * D + offs_d[None, :]
-        dv_ptrs = dv_part_ptr + part * DV + offs_n[:, None] * DV + offs_dv[None, :]
-        store_masked(dk_ptrs, dk, mask_n, offs_d, D, BLOCK_D)
-        store_masked(dv_ptrs, dv, mask_n, offs_dv, DV, BLOCK_DV)
+        dk_part_ptrs = dk_part_ptr + part * D + offs_n[:, None] * D + offs_d[None, :]
+        dv_part_ptrs = dv_part_ptr + part * DV + offs_n[:, None] * DV + offs_dv[None, :]
+        store_masked(dk_part_ptrs, dk, mask_n, offs_d, D, BLOCK_D)
+        store_masked(dv_part_ptrs, dv, mask_n, offs_dv, DV, BLOCK_DV)
 
 
 @triton.jit

@@ -71,6 +71,10 @@ def softmax_step(s, v, acc, l_i, m_i, scale_log2, PRECISION: tl.constexpr):
     return acc, l_i, m_ij
 
 
+# Decided by TRITON_INTERPRET when the kernels were imported.
+INTERPRETED = not isinstance(softmax_step, triton.JITFunction)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Type of sums and of the LSE: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)

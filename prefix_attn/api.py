@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -118,7 +119,7 @@ def prefix_attention(
         for name, value in (("window_size", window_size), ("softcap", softcap), ("sinks", sinks))
         if value is not None
     ]
-    backend = choose_backend(backend, q.device.type, q.dtype, tuple(options))
+    backend = choose_backend(backend, q.device.type, q.dtype, options)
     if backend == "reference":
         out, lse = reference_attention(
             q, k, v, layout, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks
@@ -128,9 +129,8 @@ def prefix_attention(
     return (out, lse) if return_lse else out
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(
-    backend: str, device_type: str, dtype: torch.dtype, options: tuple[str, ...] = ()
+    backend: str, device_type: str, dtype: torch.dtype, options: Sequence[str] = ()
 ) -> str:
     """Returns the backend that serves a call.
 
@@ -147,19 +147,23 @@ def choose_backend(
     names = [*BACKENDS, "reference"]
     if backend not in ("auto", *names):
         raise ValueError(f"backend must be one of {['auto', *names]}, got {backend!r}")
-    reasons: dict[str, str | None] = {"reference": None}
-    for name, module in BACKENDS.items():
-        reasons[name] = module.why_not(torch.device(device_type), dtype)
-        if options and reasons[name] is None:
-            reasons[name] = f"does not support {', '.join(options)} yet"
-    auto = {"cuda": ("triton",), "cpu": ("cpu", "reference")}.get(device_type, ())
-    for name in auto if backend == "auto" else (backend,):
-        if reasons[name] is None:
+    automatic = {"cuda": ["triton"], "cpu": ["cpu", "reference"]}.get(device_type, [])
+    for name in automatic if backend == "auto" else [backend]:
+        if _why_not(name, device_type, dtype, options) is None:
             return name
-    listing = "; ".join(f"{name}: {reasons[name] or 'can'}" for name in names)
+    reasons = [f"{name}: {_why_not(name, device_type, dtype, options) or 'can'}" for name in names]
     raise NotImplementedError(
-        f"backend {backend!r} can't serve this call ({device_type}, {dtype}). {listing}"
+        f"backend {backend!r} can't serve this call ({device_type}, {dtype}). {'; '.join(reasons)}"
     )
+
+
+def _why_not(name: str, device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
+    """The reason why a backend can't serve a call, or None."""
+    if name == "reference":
+        return None
+    if options:
+        return f"does not support {', '.join(options)} yet"
+    return BACKENDS[name].why_not(device_type, dtype)
 
 
 def _check_tensors(

@@ -85,7 +85,7 @@ def forward(
     parts = list(_parts(segments))
     for part in parts:
         rows = part.rows
-        o, l = _flash(
+        o, o_lse = _flash(
             _batch(qw[rows], part),
             _batch(_repeat(kw[rows], group), part),
             _batch(_repeat(vw[rows], group), part),
@@ -94,20 +94,22 @@ def forward(
             scale=scale,
         )
         out[rows] = _unbatch(o)
-        lse[:, rows] = l.transpose(0, 1).flatten(1)
+        lse[:, rows] = o_lse.transpose(0, 1).flatten(1)
     for part in parts:
         if part.end == part.subtree_end:
             continue
         rows, below = part.rows, part.rows_below
-        o, l = _flash(
+        o, o_lse = _flash(
             _fold(qw[below], group), _heads(kw[rows]), _heads(vw[rows]), 0.0, False, scale=scale
         )
         o = _unfold(o, group)
-        l = l.reshape(lse.shape[0], -1)
-        merged = torch.logaddexp(lse[:, below], l)
+        o_lse = o_lse.reshape(lse.shape[0], -1)
+        merged = torch.logaddexp(lse[:, below], o_lse)
         out[below] *= (lse[:, below] - merged).exp_().t()[..., None]
-        out[below] += o * (l - merged).exp_().t()[..., None]
+        out[below] += o * (o_lse - merged).exp_().t()[..., None]
         lse[:, below] = merged
+    if not bool(torch.isfinite(qw.sum() + kw.sum())):
+        _restore_nan(out, lse, qw, kw, parts)
     return out[..., :head_dim_v].to(q.dtype).contiguous(), lse
 
 
@@ -125,9 +127,8 @@ def backward(
     """dq, dk, dv; the gradient of a prefix is summed over its members and query heads."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     if scale <= 0:
-        wide = [x.to(dtype) for x in (dout, q, k, v, out)]
-        wide[1] = wide[1] * scale
-        dq, dk, dv = backward(*wide, lse, dlse, segments, 1.0)
+        dout, qw, kw, vw, out = (x.to(dtype) for x in (dout, q, k, v, out))
+        dq, dk, dv = backward(dout, qw * scale, kw, vw, out, lse, dlse, segments, 1.0)
         return (dq * scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     group = q.shape[1] // k.shape[1]
     width = max(q.shape[2], v.shape[2])
@@ -183,9 +184,25 @@ def backward(
     )
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """The reason why this backend can't serve tensors of a device and dtype, or None."""
-    return None if device.type == "cpu" else f"needs CPU tensors, got {device.type} tensors"
+    return None if device_type == "cpu" else f"needs CPU tensors, got {device_type} tensors"
+
+
+def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, parts: list[_Part]) -> None:
+    """Writes NaN to the rows whose scores against a segment's first key are NaN.
+
+    The kernels take a row without any comparable score for a masked one, and return 0 for it. All
+    rows of a segment and below attend its first key.
+    """
+    group = q.shape[1] // k.shape[1]
+    for part in parts:
+        for start in range(part.start, part.end, part.length):
+            end = start + part.length if part.count > 1 else part.subtree_end
+            rows = slice(start, end)
+            bad = (q[rows] * _repeat(k[start : start + 1], group)).sum(-1).isnan()
+            out[rows].masked_fill_(bad[..., None], float("nan"))
+            lse[:, rows].masked_fill_(bad.t(), float("nan"))
 
 
 def _widen(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:

@@ -12,6 +12,7 @@ running fastest in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -137,7 +138,8 @@ class QueryTiles:
             while shared >= 0 and subtree_ends[shared] < high:
                 shared = parents[shared]
             # Keys on the path before `full_end` are seen by every row of the tile.
-            list0, num_listed, tails, own0, full_end = 0, 0, [], 0, 0
+            list0, num_listed, tails = lists[-1]
+            own0 = full_end = 0
             if shared >= 0:
                 list0, num_listed, tails = path_list(anchor[shared])
                 own0, full_end = run_start[shared], min(ends[shared], low)
@@ -206,8 +208,7 @@ class KeyTiles:
         broad = (forest.subtree_ends > forest.ends) & (forest.ends - forest.starts >= block_n)
         cuts = np.unique(np.concatenate([[0, total], forest.starts[broad], forest.ends[broad]]))
         col0 = np.concatenate(
-            [np.arange(a, b, block_n) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-            or [np.empty(0, dtype=np.int64)]
+            [np.arange(a, b, block_n) for a, b in pairwise(cuts)] or [np.empty(0, dtype=np.int64)]
         ).astype(np.int64)
         if not len(col0):
             empty = np.empty((0, 9), dtype=np.int32)

@@ -32,9 +32,14 @@ def repeated_attention(
     pieces = []
     for i in range(layout.num_sequences):
         rows = layout.sequence_rows(i)
-        heads = [x[rows].transpose(0, 1)[None] for x in (q, k, v)]
-        heads[1:] = [x.repeat_interleave(group, dim=1) for x in heads[1:]]
-        o = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale)
+        one, keys, values = (x[rows].transpose(0, 1)[None] for x in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(
+            one,
+            keys.repeat_interleave(group, dim=1),
+            values.repeat_interleave(group, dim=1),
+            is_causal=True,
+            scale=scale,
+        )
         pieces.append((rows, o[0].transpose(0, 1)))
         count[rows] += 1
     for rows, o in pieces:

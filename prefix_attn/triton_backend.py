@@ -59,18 +59,17 @@ def backward(
     return launch_backward(dout, q, k, v, out, lse.contiguous(), dlse, tables, scale, config)
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """The reason why this backend can't serve tensors of a device and dtype, or None."""
     try:
-        from prefix_attn.kernels.forward import forward_kernel
+        from prefix_attn.kernels.primitives import INTERPRETED
     except ImportError as error:
         return f"Triton can't be imported ({error})"
-    from triton.runtime.interpreter import InterpretedFunction
-
-    interpreted = isinstance(forward_kernel, InterpretedFunction)
-    if device.type != "cuda" and not interpreted:
-        return f"needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got {device.type} tensors"
-    if dtype == torch.float64 and not interpreted:
+    if INTERPRETED:
+        return None
+    if device_type != "cuda":
+        return f"needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got {device_type} tensors"
+    if dtype == torch.float64:
         return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
     return None
 

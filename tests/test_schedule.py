@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -135,7 +137,7 @@ def test_tables_grow_linearly_with_tokens():
         sizes.append(
             (queries.items.size + queries.columns.size + queries.masked.size, keys.items.size)
         )
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         assert all(b <= 2.1 * a for a, b in zip(before, after, strict=True))
 
 

@@ -1,0 +1,93 @@
+"""Times shared-prefix attention: `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import report
+from bench.cases import DTYPES, Case, default_dtype, table
+from bench.measure import MIN_ROUNDS, Outcome, run_case
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; exits with the reason when it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--full", action="store_true", help="the whole table, not the quick cases")
+    parser.add_argument("--device", default=default_device, help="cpu or cuda")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="P,S,G,Hq,Hkv,D", help="may be repeated"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
+    options = parser.parse_args(arguments)
+    try:
+        options.device = torch.device(options.device)
+    except RuntimeError:
+        parser.error(f"--device must be cpu or cuda, got {options.device!r}")
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {str(options.device)!r}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
+    if options.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {options.rounds}")
+    if options.case and options.full:
+        parser.error("--case and --full exclude each other")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, {options.out} is a file")
+    try:
+        dtype = options.dtype or default_dtype(options.device)
+        options.cases = [Case.from_text(text, dtype) for text in options.case]
+    except ValueError as error:
+        parser.error(f"--case: {error}")
+    options.cases = options.cases or table(options.device, options.full, options.dtype)
+    return options
+
+
+def main() -> int:
+    """Runs the cases and writes table, CSV and picture; 1 if a provider was wrong."""
+    options = parse()
+    device, cases = options.device, options.cases
+    facts = report.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
+    total = Outcome()
+    with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
+        for case in cases:
+
+            def tick(word: str, label: str = case.label) -> None:
+                bar.set_description(f"{label}: {word}")
+
+            outcome = run_case(case, device, options.rounds, tick)
+            for reason in outcome.skipped:
+                if reason not in total.skipped:  # most hold for every case
+                    bar.write(f"{case.label}: {reason}", file=sys.stdout)
+                    total.skipped.append(reason)
+            for note in outcome.notes:
+                bar.write(f"{case.label}: {note}", file=sys.stdout)
+            total.results += outcome.results
+            total.failures += outcome.failures
+            bar.update()
+    if total.results:
+        rows = report.compare(total.results)
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.write_csv(rows, device, options.out / "bench.csv")
+        report.draw(rows, device, options.out / "bench.png")
+        print(f"\n{report.table(rows)}\n")
+        print(
+            "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "
+            "share is the speed-up over the ideal.\nPeak memory holds inputs, output, gradients "
+            f"and workspace. Written: {options.out / 'bench.csv'}, {options.out / 'bench.png'}"
+        )
+    for failure in total.failures:
+        print(f"WRONG, not timed: {failure}", file=sys.stderr)
+    return 1 if total.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

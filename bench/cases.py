@@ -1,0 +1,158 @@
+"""The shapes that are timed, with their tokens and FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from prefix_attn import PrefixLayout
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# The longest sequence whose (L, L) float64 scores the correctness gate computes.
+GATE_SEQUENCE = 640
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group of equal members: `group` suffixes that continue one prefix.
+
+    Attributes:
+        prefix: tokens in the prefix, P.
+        suffix: tokens in each suffix, S.
+        group: members, G.
+        heads_q: query heads, Hq.
+        heads_kv: key and value heads, Hkv.
+        head_dim: D, of queries, keys and values.
+        dtype: a key of `DTYPES`.
+    """
+
+    prefix: int
+    suffix: int
+    group: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        """Refuses shapes that no provider can run.
+
+        Raises:
+            ValueError: naming the field that is wrong.
+        """
+        for name in ("prefix", "suffix", "group", "heads_q", "heads_kv", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads_q % self.heads_kv:
+            raise ValueError(
+                f"heads_q must be a multiple of heads_kv, got {self.heads_q} and {self.heads_kv}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens, P + G S."""
+        return self.prefix + self.group * self.suffix
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of one member run whole, P + S."""
+        return self.prefix + self.suffix
+
+    @property
+    def pairs(self) -> int:
+        """Allowed (query, key) pairs with the prefix computed once."""
+        triangle = (
+            self.prefix * (self.prefix + 1) + self.group * self.suffix * (self.suffix + 1)
+        ) // 2
+        return triangle + self.group * self.suffix * self.prefix
+
+    @property
+    def forward_flops(self) -> float:
+        """FLOPs of the forward pass: 4 D Hq pairs.
+
+        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair.
+        Every provider is charged this useful work, whatever it computes.
+        """
+        return 4.0 * self.head_dim * self.heads_q * self.pairs
+
+    @property
+    def backward_flops(self) -> float:
+        """FLOPs of the backward pass: five matrix products against two, 2.5 times the forward."""
+        return 2.5 * self.forward_flops
+
+    @property
+    def label(self) -> str:
+        """Short name, `P2048 S256 G8 8/2 D64`."""
+        return (
+            f"P{self.prefix} S{self.suffix} G{self.group} "
+            f"{self.heads_q}/{self.heads_kv} D{self.head_dim}"
+        )
+
+    def layout(self, device: torch.device) -> PrefixLayout:
+        """Layout of the group on `device`."""
+        return PrefixLayout.from_lengths([self.prefix], [[self.suffix] * self.group], device=device)
+
+    def shrunk(self) -> Case:
+        """The same group with prefix and suffix halved until float64 scores are cheap."""
+        case = self
+        while case.sequence > GATE_SEQUENCE and case.prefix > 1:
+            case = replace(case, prefix=case.prefix // 2, suffix=max(1, case.suffix // 2))
+        return case
+
+    @classmethod
+    def from_text(cls, text: str, dtype: str) -> Case:
+        """Reads `P,S,G,Hq,Hkv,D`.
+
+        Raises:
+            ValueError: if there are not six integers, or one is out of range.
+        """
+        parts = text.split(",")
+        if len(parts) != 6 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"a case must be six integers P,S,G,Hq,Hkv,D, got {text!r}")
+        prefix, suffix, group, heads_q, heads_kv, head_dim = map(int, parts)
+        return cls(prefix, suffix, group, heads_q, heads_kv, head_dim, dtype)
+
+
+QUICK_SHAPES = (
+    (512, 128, 8, 8, 8, 64),
+    (2048, 256, 8, 8, 8, 64),
+    (2048, 256, 8, 8, 2, 64),
+    (4096, 128, 16, 8, 8, 64),
+    (4096, 128, 16, 8, 2, 64),
+)
+FULL_CPU_SHAPES = (
+    *QUICK_SHAPES,
+    (512, 512, 8, 8, 2, 64),
+    (1024, 128, 4, 8, 2, 64),
+    (1024, 256, 16, 8, 2, 128),
+    (2048, 512, 4, 8, 2, 64),
+    (2048, 128, 32, 8, 2, 64),
+    (8192, 128, 8, 8, 2, 64),
+)
+
+
+def table(device: torch.device, full: bool, dtype: str | None) -> list[Case]:
+    """The cases of a run: float32 on the CPU and bfloat16 on CUDA unless `dtype` says else."""
+    dtype = dtype or default_dtype(device)
+    if device.type == "cpu":
+        shapes = list(FULL_CPU_SHAPES if full else QUICK_SHAPES)
+    elif full:
+        shapes = [
+            (p, s, g, 32, heads_kv, head_dim)
+            for head_dim in (64, 128)
+            for heads_kv in (8, 32)
+            for p in (512, 2048, 8192, 32768)
+            for s in (128, 512, 2048)
+            for g in (4, 16, 64)
+        ]
+    else:
+        shapes = [(p, 512, 16, 32, 8, 128) for p in (2048, 8192)]
+    return [Case(*shape, dtype=dtype) for shape in shapes]
+
+
+def default_dtype(device: torch.device) -> str:
+    """What is trained in on a device of this type."""
+    return "bfloat16" if device.type == "cuda" else "float32"

@@ -1,0 +1,231 @@
+"""The real Triton kernels, interpreted, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.testing import assert_within_budget, repeated_attention
+
+NAMES = ("out", "dq", "dk", "dv")
+# Ragged members, an empty prefix, an empty suffix, a prefix of one, a lone sequence.
+GROUPS = PrefixLayout.from_lengths([37, 0, 20, 1, 18], [[9, 16, 33], [5, 7], [3, 0], [40, 2], []])
+# Three levels, segments shorter and longer than a tile, two roots.
+TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
+# One long prefix: its key tiles are split over several programs.
+SPLIT = PrefixLayout.from_lengths([50], [[30, 45, 60, 20]])
+
+
+def _inputs(layout: PrefixLayout, heads: int, kv_heads: int, d: int, dv: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, d), (kv_heads, d), (kv_heads, dv), (heads, dv))
+    q, k, v, dout = (
+        torch.randn(layout.num_tokens, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in shapes
+    )
+    return q, k, v, dout
+
+
+def _results(attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+def _check(layout: PrefixLayout, heads: int, kv_heads: int, d: int, dv: int, dtype: torch.dtype):
+    inputs = _inputs(layout, heads, kv_heads, d, dv, dtype)
+    actual = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), *inputs)
+    exact = _results(
+        lambda *x: prefix_attention(*x, layout, backend="reference"),
+        *(x.double() for x in inputs),
+    )
+    pytorch = _results(lambda *x: repeated_attention(*x, layout), *inputs)
+    for name, a, e, p in zip(NAMES, actual, exact, pytorch, strict=True):
+        assert a.dtype == dtype
+        assert_within_budget(name, a, e, p)
+
+
+@pytest.mark.parametrize("layout", [GROUPS, TREE, SPLIT], ids=["groups", "tree", "split"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_triton_matches_float64(layout, dtype):
+    _check(layout, 4, 2, 32, 32, dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "dv"),
+    [(2, 2, 16, 16), (3, 1, 80, 80), (2, 1, 96, 64), (1, 1, 192, 128), (1, 1, 17, 33),
+     (1, 1, 256, 256)],
+)  # fmt: skip
+def test_triton_serves_head_dims_and_head_groups(heads, kv_heads, d, dv):
+    _check(PrefixLayout.from_lengths([19], [[7, 18]]), heads, kv_heads, d, dv, torch.float32)
+
+
+@pytest.mark.parametrize("prefix", range(1, 35))
+def test_triton_at_every_offset_of_a_suffix_in_a_block(prefix):
+    # The second and third suffixes start at other offsets again; tiles are 16 and 32 wide.
+    _check(
+        PrefixLayout.from_lengths([prefix], [[prefix % 5 + 1, 17, 40]]), 1, 1, 16, 16, torch.float32
+    )
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_triton_on_random_forests(data):
+    count = data.draw(st.integers(1, 7))
+    lengths = data.draw(st.lists(st.integers(0, 45), min_size=count, max_size=count))
+    parents: list[int] = []
+    path: list[int] = []
+    for i in range(count):
+        path = path[: data.draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    _check(PrefixLayout.from_tree(lengths, parents), 2, 1, 16, 16, torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+def test_triton_scale_and_lse_gradient(scale):
+    q, k, v, dout = _inputs(TREE, 2, 1, 16, 16, torch.float64)
+    dlse = torch.randn(2, TREE.num_tokens, dtype=torch.float64)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        outputs = prefix_attention(*leaves, TREE, scale=scale, return_lse=True, backend=backend)
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, (dout, dlse))))
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_triton_passes_gradcheck():
+    layout = PrefixLayout.from_tree([3, 2, 1, 4], [-1, 0, 1, 0])
+    q, k, v, _ = _inputs(layout, 2, 1, 16, 16, torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(
+        lambda *x: prefix_attention(*x, layout, return_lse=True, backend="triton"),
+        leaves,
+        fast_mode=True,
+    )
+
+
+def test_triton_gradients_have_the_same_bits_from_run_to_run():
+    inputs = _inputs(SPLIT, 4, 2, 32, 32, torch.float32)
+    first, second = (
+        _results(lambda *x: prefix_attention(*x, SPLIT, backend="triton"), *inputs)
+        for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_split_layout_really_splits(monkeypatch):
+    from prefix_attn.kernels import backward
+
+    slots = []
+    launch = backward.launch_backward
+
+    def recorded(*arguments):
+        slots.append(next(x for x in arguments if isinstance(x, backward.BackwardTables)).num_slots)
+        return launch(*arguments)
+
+    monkeypatch.setattr(backward, "launch_backward", recorded)
+    _check(SPLIT, 4, 1, 16, 16, torch.float32)
+    assert slots
+    assert slots[0] > 2
+
+
+def test_triton_takes_one_forward_and_three_backward_launches(guard):
+    q, k, v, dout = _inputs(GROUPS, 1, 1, 16, 16, torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = prefix_attention(*leaves, GROUPS, backend="triton")
+    assert guard.launches == 1
+    out.backward(dout)
+    assert guard.launches == 3  # no tile of this layout is split: delta and the backward
+
+
+def test_triton_members_may_be_permuted():
+    lengths, order = [9, 16, 33], [2, 0, 1]
+    layout = PrefixLayout.from_lengths([21], [lengths])
+    permuted = PrefixLayout.from_lengths([21], [[lengths[i] for i in order]])
+    inputs = _inputs(layout, 2, 1, 16, 16, torch.float32)
+    rows = torch.cat([torch.arange(21), *(layout.sequence_rows(i)[21:] for i in order)])
+    base = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), *inputs)
+    moved = _results(
+        lambda *x: prefix_attention(*x, permuted, backend="triton"), *(x[rows] for x in inputs)
+    )
+    for a, b in zip(base, moved, strict=True):
+        torch.testing.assert_close(a[rows], b, rtol=2e-6, atol=2e-6)
+
+
+def test_triton_takes_views_and_broadcast_gradients():
+    layout = GROUPS
+    fused = torch.randn(layout.num_tokens, 4, 3, 16, requires_grad=True)
+    grads = []
+    for backend in ("triton", "reference"):
+        q, k, v = fused.unbind(2)  # strided heads and rows
+        prefix_attention(q, k, v, layout, backend=backend).sum().backward()
+        grads.append(fused.grad.clone())
+        fused.grad = None
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("axis", ["rows", "heads"])
+def test_triton_addresses_past_two_to_the_31_elements(axis):
+    # Sparse views of untouched virtual memory: only the rows in use become real.
+    tokens, heads, d = (300, 1, 16) if axis == "rows" else (40, 2, 16)
+    strides = (2**23, d, 1) if axis == "rows" else (d, 2**31 + 64, 1)
+    span = 1 + sum((n - 1) * s for n, s in zip((tokens, heads, d), strides, strict=True))
+    assert span > 2**31
+    layout = PrefixLayout.from_lengths([tokens // 2], [[tokens // 4, tokens // 4]])
+    q, k, v, dout = _inputs(layout, heads, heads, d, d, torch.float16)
+    far = torch.from_numpy(np.empty(span, dtype=np.float16)).as_strided((tokens, heads, d), strides)
+    far.copy_(k)
+    near = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), q, k, v, dout)
+    out = prefix_attention(q, far, v, layout, backend="triton")
+    assert torch.equal(out, near[0])
+    leaf = q.requires_grad_()
+    (dq,) = torch.autograd.grad(
+        prefix_attention(leaf, far, v, layout, backend="triton"), leaf, dout
+    )
+    assert torch.equal(dq, near[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_triton_spreads_nan_and_inf_like_sdpa(bad, which):
+    layout = PrefixLayout.from_lengths([40], [[40, 40]])
+    inputs = list(_inputs(layout, 1, 1, 16, 16, torch.float32)[:3])
+    inputs[which][20] = bad
+    out = prefix_attention(*inputs, layout, backend="triton")
+    expected = repeated_attention(*inputs, layout)
+    assert (~out.isfinite()).any()
+    # Whatever PyTorch makes non-finite is non-finite here too.
+    assert not (out.isfinite() & ~expected.isfinite()).any()
+
+
+def test_triton_serves_no_tokens():
+    layout = PrefixLayout.from_lengths([0], [[0, 0]])
+    q = torch.empty(0, 2, 16, requires_grad=True)
+    out, lse = prefix_attention(q, q, q, layout, return_lse=True, backend="triton")
+    assert out.shape == (0, 2, 16)
+    assert lse.shape == (2, 0)
+    out.sum().backward()
+    assert q.grad.shape == (0, 2, 16)
+
+
+def test_triton_operators_pass_opcheck():
+    q, k, v, dout = _inputs(TREE, 2, 1, 16, 16, torch.float32)
+    operators = torch.ops.prefix_attn
+    out, lse = operators.forward(q, k, v, TREE.segments, 0.25, "triton")
+    torch.library.opcheck(operators.forward.default, (q, k, v, TREE.segments, 0.25, "triton"))
+    torch.library.opcheck(
+        operators.backward.default,
+        (dout, q, k, v, out, lse, None, TREE.segments, 0.25, "triton"),
+    )

@@ -1,0 +1,91 @@
+"""What the wheel holds, and what importing the package does and does not do."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory):
+    """Names of the files in a freshly built wheel, built from a copy of the sources."""
+    sources = tmp_path_factory.mktemp("sources")
+    tracked = ("pyproject.toml", "README.md", "LICENSE", "kernels", "prefix_attn")
+    subprocess.run(["cp", "-a", *(ROOT / name for name in tracked), sources], check=True)
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, sources]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Without --wheel the wheel is built from the source distribution, so both are tested.
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def run_python(code, **environment):
+    """Runs code in a fresh interpreter in the root of the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_wheel_holds_every_module(wheel_names):
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (ROOT / "prefix_attn", ROOT / "prefix_attn" / "kernels")
+        for path in folder.glob("*.py")
+    }
+    assert modules <= set(wheel_names)
+    assert any(name.startswith("prefix_attn/kernels/") for name in modules)
+
+
+def test_wheel_is_typed(wheel_names):
+    assert "prefix_attn/py.typed" in wheel_names
+
+
+def test_wheel_has_no_top_level_kernels(wheel_names):
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"prefix_attn"}
+
+
+def test_wheel_holds_the_licence(wheel_names):
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
+
+
+def test_kernels_is_a_relative_symlink():
+    link = ROOT / "prefix_attn" / "kernels"
+    assert link.is_symlink()
+    assert link.readlink().as_posix() == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_import_without_triton_and_transformers():
+    code = (
+        "import sys; sys.modules.update({'triton': None, 'transformers': None})\n"
+        "import torch, prefix_attn\n"
+        "layout = prefix_attn.PrefixLayout.from_lengths([2], [[1, 1]])\n"
+        "q = torch.randn(4, 2, 16)\n"
+        "print(*prefix_attn.prefix_attention(q, q, q, layout).shape)"
+    )
+    assert run_python(code) == "4 2 16"
+
+
+def test_import_touches_no_triton_and_no_driver():
+    code = (
+        "import sys, torch\n"
+        "from prefix_attn import PrefixLayout, prefix_attention\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([name for name in ('triton', 'transformers', 'trl', 'verl', 'kernels')"
+        " if name in sys.modules])"
+    )
+    assert run_python(code) == "[]"
