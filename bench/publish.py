@@ -22,7 +22,8 @@ def markdown(results: Path) -> str:
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [
-        "| P, S, G, heads, D | provider | fwd+bwd ms (p20-p80) | speed-up | ideal | of ideal | MiB |",
+        "| P, S, G, heads, D | provider | fwd+bwd ms (p20-p80) | speed-up "
+        "| ideal | of ideal | MiB |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

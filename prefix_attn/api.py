@@ -206,6 +206,8 @@ def _check_tensors(
     for name, size in (("D", head_dim), ("DV", v.shape[2])):
         if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
     if sinks is not None and (sinks.shape != (heads,) or sinks.device != q.device):
         raise ValueError(
             f"sinks must have shape ({heads},) on {q.device}, got {tuple(sinks.shape)} on "

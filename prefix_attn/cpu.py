@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefix_attn.schedule import Forest
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -42,15 +44,9 @@ class _Part:
 
 def _parts(segments: Tensor) -> Iterator[_Part]:
     """The filled segments in packed order; neighbouring leaves of one length go together."""
-    lengths, parents = segments.tolist()
-    starts, total = [], 0
-    for length in lengths:
-        starts.append(total)
-        total += length
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    for i in reversed(range(len(parents))):
-        if parents[i] >= 0:
-            ends[parents[i]] = max(ends[parents[i]], ends[i])
+    forest = Forest.from_segments(*segments.numpy())
+    lengths = (forest.ends - forest.starts).tolist()
+    starts, ends = forest.starts.tolist(), forest.subtree_ends.tolist()
     pending: _Part | None = None
     for start, length, end in zip(starts, lengths, ends, strict=True):
         if not length:

@@ -233,7 +233,7 @@ class PrefixLayout:
             raise ValueError(f"a layout holds at most {INT32_MAX} tokens, got {total}")
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        subtree_ends = _subtree_ends(parents, ends)
+        subtree_ends = subtree_ends_of(parents, ends)
         depths = _depths(parents, lengths)
         within = np.arange(total) - np.repeat(starts, lengths)
         if leaves is None:
@@ -505,8 +505,8 @@ def _depths(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.array(depths, dtype=np.int64)
 
 
-def _subtree_ends(parents: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """End row of each subtree: a child hands its own to its parent, last segment first."""
+def subtree_ends_of(parents: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """End row of each subtree (S,): a child hands its own to its parent, last segment first."""
     subtree_ends = ends.tolist()
     for i, parent in reversed(list(enumerate(parents.tolist()))):
         if parent >= 0:

@@ -88,6 +88,41 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+class PrefixAttentionBackward(torch.autograd.Function):
+    """The backward operator, whose own derivative is an error.
+
+    `once_differentiable` alone would drop the second derivative in silence where the gradient of
+    out is a constant, as that of `out.sum()` is.
+    """
+
+    @staticmethod
+    def forward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        segments: Tensor,
+        scale: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.prefix_attn.backward(
+            dout, q, k, v, out, lse, dlse, segments, scale, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            "prefix_attention can be differentiated once; backend='reference' has more derivatives"
+        )
+
+
 class PrefixAttention(torch.autograd.Function):
     """Binds the two operators: `(q, k, v, segments, scale, backend) -> (out, lse)`."""
 
@@ -105,14 +140,13 @@ class PrefixAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, segments = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 6
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = torch.ops.prefix_attn.backward(
+        grads = PrefixAttentionBackward.apply(
             dout, q, k, v, out, lse, dlse, segments, ctx.scale, ctx.backend
         )
         return (*grads, None, None, None)

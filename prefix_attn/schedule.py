@@ -16,6 +16,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from prefix_attn.layout import subtree_ends_of
+
 # In units of one full tile: what a masked tile costs, and what starting and ending an item costs.
 MASKED_COST = 1.3
 ITEM_COST = 2.0
@@ -50,17 +52,14 @@ class Forest:
         lengths, parents = lengths.astype(np.int64), parents.astype(np.int64)
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        subtree_ends, run_start, anchor = ends.tolist(), starts.tolist(), parents.tolist()
-        for i in reversed(range(len(parents))):
-            if parents[i] >= 0:
-                subtree_ends[parents[i]] = max(subtree_ends[parents[i]], subtree_ends[i])
+        run_start, anchor = starts.tolist(), parents.tolist()
         for i in np.flatnonzero((parents >= 0) & (starts == ends[parents])).tolist():
             run_start[i], anchor[i] = run_start[parents[i]], anchor[parents[i]]
         return cls(
             starts=starts,
             ends=ends,
             parents=parents,
-            subtree_ends=np.array(subtree_ends, dtype=np.int64),
+            subtree_ends=subtree_ends_of(parents, ends),
             run_start=np.array(run_start, dtype=np.int64),
             anchor=np.array(anchor, dtype=np.int64),
         )

@@ -1,0 +1,411 @@
+"""What `prefix_attention` refuses and how it says so; its choice; the options by brute force."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prefix_attn.ops
+from prefix_attn import PrefixLayout, cpu, prefix_attention
+from prefix_attn.api import choose_backend
+from prefix_attn.ops import BACKENDS
+from prefix_attn.testing import assert_within_budget
+
+LAYOUT = PrefixLayout.from_lengths([4], [[2, 1]])  # T = 7
+NAMES = ["triton", "cpu", "reference"]
+needs_no_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs Triton on the CPU"
+)
+
+
+def call(**changes: Any) -> Any:
+    """A right call (T 7, Hq 4, Hkv 2, D = DV = 16) with some arguments changed."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "q": torch.randn(7, 4, 16, generator=generator),
+        "k": torch.randn(7, 2, 16, generator=generator),
+        "v": torch.randn(7, 2, 16, generator=generator),
+        "layout": LAYOUT,
+    }
+    return prefix_attention(**{**arguments, **changes})
+
+
+def test_call_that_the_errors_start_from_is_right() -> None:
+    out, lse = call(return_lse=True)
+    assert out.shape == (7, 4, 16)
+    assert lse.shape == (4, 7)
+    assert torch.equal(call(), out)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_dimensions_other_than_three_raise(name: str) -> None:
+    message = f"{name} must have shape (T, H, D), got (1, 7, 2, 16)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(**{name: torch.zeros(1, 7, 2, 16)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.zeros(6, 2, 16)}, "k must have shape (7, Hkv, 16), got (6, 2, 16)"),
+        ({"k": torch.zeros(7, 2, 32)}, "k must have shape (7, Hkv, 16), got (7, 2, 32)"),
+        ({"v": torch.zeros(8, 2, 16)}, "v must have shape (7, 2, DV), got (8, 2, 16)"),
+        ({"v": torch.zeros(7, 4, 16)}, "v must have shape (7, 2, DV), got (7, 4, 16)"),
+        ({"q": torch.zeros(7, 3, 16)}, "Hq must be a positive multiple of Hkv, got Hq 3, Hkv 2"),
+        ({"q": torch.zeros(7, 1, 16)}, "Hq must be a positive multiple of Hkv, got Hq 1, Hkv 2"),
+        ({"q": torch.zeros(7, 0, 16)}, "Hq must be a positive multiple of Hkv, got Hq 0, Hkv 2"),
+        (
+            {"k": torch.zeros(7, 0, 16), "v": torch.zeros(7, 0, 16)},
+            "Hq must be a positive multiple of Hkv, got Hq 4, Hkv 0",
+        ),
+        ({"q": torch.zeros(7, 4, 15), "k": torch.zeros(7, 2, 15)}, "D must be 16 to 256, got 15"),
+        (
+            {"q": torch.zeros(7, 4, 257), "k": torch.zeros(7, 2, 257)},
+            "D must be 16 to 256, got 257",
+        ),
+        ({"v": torch.zeros(7, 2, 8)}, "DV must be 16 to 256, got 8"),
+        ({"v": torch.zeros(7, 2, 272)}, "DV must be 16 to 256, got 272"),
+        ({"q": torch.zeros(9, 4, 16)}, "the layout has 7 tokens, q has 9"),
+    ],
+)
+def test_wrong_shape_raises(changes: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(**changes)
+
+
+def test_layout_for_other_tokens_raises() -> None:
+    layout = PrefixLayout.from_lengths([4], [[2, 2]])
+    with pytest.raises(ValueError, match="the layout has 8 tokens, q has 7"):
+        call(layout=layout)
+
+
+@pytest.mark.parametrize("layout", [None, [4, 2, 1], torch.tensor([0, 4, 6, 7])])
+def test_layout_of_another_type_raises(layout: Any) -> None:
+    name = type(layout).__name__
+    with pytest.raises(TypeError, match=f"layout must be a PrefixLayout, got {name}"):
+        call(layout=layout)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_other_than_tensor_raises(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        call(**{name: [[1.0]]})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_unsupported_dtype_raises(name: str, dtype: torch.dtype) -> None:
+    message = f"{name} must be float16, bfloat16, float32 or float64, got {dtype}"
+    with pytest.raises(ValueError, match=message):
+        call(**{name: torch.zeros(7, 2, 16).to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_mixed_dtypes_raise(name: str) -> None:
+    message = f"must have one dtype, got q torch.float32, {name} torch.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        call(**{name: torch.zeros(7, 2, 16, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_mixed_devices_raise(name: str) -> None:
+    with pytest.raises(ValueError, match=f"on one device, got q on cpu, {name} on meta"):
+        call(**{name: torch.zeros(7, 2, 16, device="meta")})
+
+
+def test_layout_on_another_device_raises() -> None:
+    message = re.escape("the layout is on meta, q on cpu; use layout.to('cpu')")
+    with pytest.raises(ValueError, match=message):
+        call(layout=LAYOUT.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_last_dimension_that_is_not_contiguous_raises(name: str) -> None:
+    heads = 4 if name == "q" else 2
+    strided = torch.zeros(7, 16, heads).transpose(1, 2)
+    message = (
+        f"the last dimension of {name} must be contiguous, got strides {strided.stride()}; "
+        f"call {name}.contiguous()"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(**{name: strided})
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_raise(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be finite, got {value}"):
+        call(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("value", ["1", True, torch.tensor(1.0), [0.5]])
+def test_other_than_number_raises(name: str, value: Any) -> None:
+    message = f"{name} must be a number or None, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=message):
+        call(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "4"])
+def test_bad_window_size_raises(value: Any) -> None:
+    message = f"window_size must be a positive integer or None, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(window_size=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -30.0])
+def test_softcap_that_is_not_positive_raises(value: float) -> None:
+    with pytest.raises(ValueError, match=f"softcap must be positive or None, got {float(value)}"):
+        call(softcap=value)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4, 1), (), (7,)])
+def test_sinks_of_another_shape_raise(shape: tuple[int, ...]) -> None:
+    message = f"sinks must have shape (4,) on cpu, got {shape} on cpu"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(sinks=torch.zeros(shape))
+
+
+def test_sinks_on_another_device_raise() -> None:
+    with pytest.raises(ValueError, match=r"on cpu, got \(4,\) on meta"):
+        call(sinks=torch.zeros(4, device="meta"))
+
+
+def test_sinks_other_than_tensor_raise() -> None:
+    with pytest.raises(TypeError, match="sinks must be a tensor or None, got list"):
+        call(sinks=[0.0] * 4)
+
+
+@pytest.mark.parametrize("value", ["yes", 2, 0.5])
+def test_bad_deterministic_raises(value: Any) -> None:
+    message = f"deterministic must be True, False or None, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(deterministic=value)
+
+
+def test_dropout_raises() -> None:
+    with pytest.raises(TypeError, match="dropout_p"):
+        call(dropout_p=0.1)
+
+
+@pytest.mark.parametrize("backend", ["", "cuda", "Triton", None, "flash"])
+def test_unknown_backend_raises(backend: Any) -> None:
+    message = f"backend must be one of ['auto', 'triton', 'cpu', 'reference'], got {backend!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(backend=backend)
+
+
+@needs_no_interpreter
+@pytest.mark.skipif(os.name != "posix", reason="Triton is installed on Linux")
+def test_triton_on_cpu_raises_with_every_reason() -> None:
+    with pytest.raises(NotImplementedError) as error:
+        call(backend="triton")
+    message = str(error.value)
+    assert "backend 'triton' can't serve this call (cpu, torch.float32)" in message
+    assert "needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got cpu tensors" in message
+    assert all(f"{name}: " in message for name in NAMES)
+    assert "cpu: can; reference: can" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"window_size": 3}, "window_size"),
+        ({"softcap": 5.0}, "softcap"),
+        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"window_size": 3, "softcap": 5.0}, "window_size, softcap"),
+    ],
+)
+def test_option_that_a_named_backend_lacks_raises(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        call(backend="cpu", **options)
+    message = str(error.value)
+    assert "backend 'cpu' can't serve this call" in message
+    assert f"cpu: does not support {named} yet" in message
+    assert all(f"{name}: " in message for name in NAMES)
+
+
+def test_device_without_backend_raises() -> None:
+    """Meta tensors all round: no silent choice of the dense reference."""
+    tensors = {name: torch.zeros(7, 2, 16, device="meta") for name in "qkv"}
+    with pytest.raises(NotImplementedError) as error:
+        call(**tensors, layout=LAYOUT.to("meta"))
+    assert "backend 'auto' can't serve this call (meta, torch.float32)" in str(error.value)
+    assert "cpu: needs CPU tensors, got meta tensors" in str(error.value)
+
+
+@needs_no_interpreter
+def test_float64_on_triton_raises() -> None:
+    pytest.importorskip("triton")
+    for backend in ("auto", "triton"):
+        with pytest.raises(NotImplementedError, match="float64 runs in Triton's interpreter only"):
+            choose_backend(backend, "cuda", torch.float64)
+
+
+def test_auto_chooses_by_device_and_options() -> None:
+    """CUDA is asked about by name: nothing here touches a driver."""
+    assert choose_backend("auto", "cpu", torch.float32) == "cpu"
+    assert choose_backend("auto", "cpu", torch.float64) == "cpu"
+    for option in ("window_size", "softcap", "sinks"):
+        assert choose_backend("auto", "cpu", torch.float32, (option,)) == "reference"
+    pytest.importorskip("triton")
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "triton"
+
+
+def test_auto_on_cpu_runs_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *args: calls.append(1) or forward(*args))
+    call()
+    assert len(calls) == 1
+    call(window_size=2)
+    call(softcap=2.0)
+    call(sinks=torch.zeros(4))
+    call(backend="reference")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_error_inside_a_backend_propagates(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that was chosen and fails does not hand over to another one."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("broken kernel")
+
+    monkeypatch.setattr(cpu, "forward", fail)
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        call(backend=backend)
+
+
+def test_backend_that_cannot_serve_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "why_not", lambda device, dtype: "is switched off")
+    with pytest.raises(NotImplementedError, match="cpu: is switched off; reference: can"):
+        call(backend="cpu")
+    assert choose_backend("auto", "cpu", torch.float32) == "reference"
+
+
+def test_listing_names_every_backend() -> None:
+    assert [*BACKENDS, "reference"] == NAMES
+    assert prefix_attn.ops.BACKENDS is BACKENDS
+
+
+@pytest.mark.parametrize("deterministic", [None, True, False])
+def test_deterministic_does_not_change_bits(deterministic: bool | None) -> None:
+    assert torch.equal(call(deterministic=deterministic), call())
+
+
+def brute_force(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = None,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One query, one head at a time over the rows of its sequence: no mask, no packing."""
+    tokens, heads, head_dim = q.shape
+    group = heads // k.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
+    out: list[list[Tensor]] = [[] for _ in range(tokens)]
+    lse: list[list[Tensor]] = [[] for _ in range(tokens)]
+    for i in range(layout.num_sequences):
+        rows = layout.sequence_rows(i).tolist()
+        for position, row in enumerate(rows):
+            if out[row]:
+                continue  # shared, and equal in every sequence
+            first = 0 if window_size is None else max(0, position - window_size + 1)
+            keys = rows[first : position + 1]
+            for h in range(heads):
+                logits = (k[keys, h // group] * q[row, h]).sum(-1) * scale
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[h : h + 1]])
+                weights = torch.softmax(logits, 0)[: len(keys)]
+                out[row].append((weights[:, None] * v[keys, h // group]).sum(0))
+                lse[row].append(torch.logsumexp(logits, 0))
+    return torch.stack([torch.stack(o) for o in out]), torch.stack(
+        [torch.stack(x) for x in lse]
+    ).t()
+
+
+OPTIONS = {
+    "none": {},
+    "scale": {"scale": 0.7},
+    "window of one": {"window_size": 1},
+    # Longer than the second suffix up to its row: the window reaches back over the fork.
+    "window across the fork": {"window_size": 4},
+    "window past the start": {"window_size": 99},
+    "softcap": {"softcap": 0.8},
+    "sinks": {"sinks": True},
+    "all": {"scale": -0.4, "window_size": 3, "softcap": 1.5, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        PrefixLayout.from_lengths([5, 2], [[3, 6], [1, 0]]),
+        PrefixLayout.from_tree([3, 2, 1, 4, 2], [-1, 0, 1, 1, 0]),
+    ],
+    ids=["groups", "tree"],
+)
+def test_reference_options_match_brute_force(
+    layout: PrefixLayout, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = layout.num_tokens
+    shapes = [(tokens, 4, 16), (tokens, 2, 16), (tokens, 2, 24), (4,)]
+    shapes += [(tokens, 4, 24), (4, tokens)]
+    *tensors, dout, dlse = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+    wanted = dict(options)
+
+    def results(function: Any, precision: torch.dtype, **more: Any) -> list[Tensor]:
+        q, k, v, sinks = leaves = [x.to(precision).requires_grad_() for x in tensors]
+        used = leaves if "sinks" in wanted else leaves[:3]
+        if "sinks" in wanted:
+            more["sinks"] = sinks
+        more |= {name: value for name, value in wanted.items() if name != "sinks"}
+        out, lse = function(q, k, v, layout, **more)
+        grads = torch.autograd.grad((out, lse), used, (dout.to(precision), dlse.to(precision)))
+        return [out.detach(), lse.detach(), *grads]
+
+    tensors = [x.detach() for x in tensors]
+    actual = results(prefix_attention, dtype, backend="reference", return_lse=True)
+    exact, pytorch = results(brute_force, torch.float64), results(brute_force, dtype)
+    for name, a, e, p in zip(
+        ("out", "lse", "dq", "dk", "dv", "dsinks"), actual, exact, pytorch, strict=False
+    ):
+        if dtype == torch.float64:
+            torch.testing.assert_close(a, e)
+        else:
+            assert_within_budget(name, a, e, p)
+
+
+def test_window_counts_positions_not_rows() -> None:
+    """The second suffix starts 6 rows below the fork but one position after it."""
+    layout = PrefixLayout.from_lengths([3], [[6, 2]])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(11, 1, 16, generator=generator) for _ in range(3))
+    v.zero_()
+    v[2] = 1.0
+    out = prefix_attention(q, k, v, layout, window_size=2)
+    seen = (out[:, 0, 0] != 0).nonzero().flatten().tolist()
+    assert seen == [2, 3, 9]
+
+
+def test_sinks_of_minus_infinity_change_nothing() -> None:
+    sinks = torch.full((4,), -float("inf"))
+    torch.testing.assert_close(call(sinks=sinks), call(backend="reference"), rtol=0, atol=0)
