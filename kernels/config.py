@@ -64,14 +64,63 @@ def select_config(capability: int, head_dim: int, dtype: torch.dtype, processors
         processors: multiprocessors of the device.
     """
     if dtype == torch.float32:
-        # Full float32 products do not use tensor cores: larger tiles spill.
-        narrow = Tile(32, 32) if head_dim <= 128 else Tile(16, 16)
-        return Config(narrow, 4, narrow, narrow, 4, processors)
-    if head_dim > 128:
-        forward = Tile(128, 64) if capability >= 90 else Tile(64, 64)
-        return Config(forward, 8, Tile(32, 32), Tile(64, 32), 8, processors)
-    if capability >= 90:
-        return Config(Tile(128, 64), 8, Tile(64, 128), Tile(128, 64), 8, processors)
-    if head_dim > 64:
-        return Config(Tile(64, 64), 4, Tile(64, 64), Tile(64, 64), 8, processors)
-    return Config(Tile(128, 64), 4, Tile(64, 64), Tile(64, 64), 8, processors)
+        return _float32(head_dim, processors)
+    if capability < 80 or capability in (86, 89) or capability >= 120:
+        return _small(head_dim, processors)
+    if capability < 90:
+        return _ampere(head_dim, processors)
+    return _hopper(head_dim, processors)
+
+
+# Figures: registers, then bytes of spill stores / loads, then shared memory; bfloat16, Triton 3.9
+# unless said. The loops over key columns load an index before K and V, which takes half of the
+# pipeline: only with 5 stages (3 in the loop over rows) do loads run a whole tile ahead.
+
+
+def _float32(head_dim: int, processors: int) -> Config:
+    # Full float32 products do not use tensor cores: with 4 warps or larger tiles these spill.
+    # D 64: 203, 0, 36 KB. D 128: 202, 0, 33 KB. D 256 spills in every shape: 255, 884/932, 65 KB.
+    tile = Tile(32, 32) if head_dim <= 64 else Tile(16, 16)
+    return Config(tile, 8, tile, tile, 8, processors)
+
+
+def _small(head_dim: int, processors: int) -> Config:
+    """sm_86, sm_89, sm_120: at most 99 KB of shared memory in a block."""
+    if head_dim <= 64:
+        # As on sm_80, and it fits: 48 KB, two blocks; 65 KB.
+        return _ampere(head_dim, processors)
+    if head_dim <= 128:
+        # One block fits anyhow, so loads run ahead. sm_120: 255, 0, 88 KB; 176, 0, 80 KB.
+        return Config(Tile(64, 64, 5), 4, Tile(64, 64), Tile(64, 64), 8, processors)
+    # sm_89: 178, 0, 68 KB; 168, 0, 80 KB. 64x64 needs 104 KB.
+    return Config(Tile(64, 32), 8, Tile(32, 32), Tile(32, 32), 8, processors)
+
+
+def _ampere(head_dim: int, processors: int) -> Config:
+    """sm_80: 163 KB of shared memory in a block."""
+    if head_dim <= 64:
+        # 255, 0, 48 KB, two blocks. Backward 255, 0, 65 KB; dQ on 128x64 spills 16/20, and 64x64
+        # with 8 warps computes half of its products twice.
+        return Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 32, 5), 8, processors)
+    if head_dim <= 128:
+        # 255, 0, 56 KB: two blocks hide each other's loads; 5 stages leave room for one, 128x64
+        # spills 24/48. Backward 225, 0, 105 KB.
+        return Config(Tile(64, 64), 4, Tile(64, 64, 3), Tile(64, 64, 5), 8, processors)
+    # 254, 0, 104 KB. Backward 219, 0, 132 KB.
+    return Config(Tile(64, 64), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
+
+
+def _hopper(head_dim: int, processors: int) -> Config:
+    """sm_90, and sm_100 with the same tiles: 227 KB of shared memory in a block."""
+    if head_dim <= 64:
+        # 246, 0, 64 KB, two blocks; 8 warps leave room for one. Backward 232, 0, 81 KB.
+        # sm_100: 254, 0, 64 KB, two blocks; 232, 0, 97 KB.
+        return Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
+    if head_dim <= 128:
+        # 254, 0, 128 KB; 128x128 spills 44/64, 4 warps 684/876. Backward 255, 56/88, 161 KB
+        # (Triton 3.6: 92/172); 64x64 keys spill 120/168 and compute half of S and dP twice.
+        # sm_100: 250, 0, 129 KB; 246, 0, 193 KB (3.6: 60/112).
+        return Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
+    # 254, 0, 160 KB; 128x64 spills 96/156. Backward 255, 188/188, none of it in dK and dV's full
+    # loop, 160 KB; 64x64 spills 1452/1764. sm_100: 245, 0, 161 KB; 233, 0, 176 KB.
+    return Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
