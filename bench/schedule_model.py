@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+import torch
 
+from prefix_attn.kernels.config import select_config
 from prefix_attn.schedule import (
     Forest,
     KeyTiles,
@@ -21,8 +23,10 @@ from prefix_attn.schedule import (
 
 PROCESSORS = 132
 HEADS_Q, HEADS_KV, HEAD_DIM = 32, 8, 128
-# block_m, block_n on sm_90 at D 128: forward, key tiles (dK, dV), query tiles (dQ).
-FORWARD_TILE, KEY_TILE, QUERY_TILE = (128, 64), (64, 128), (128, 64)
+CONFIG = select_config(90, HEAD_DIM, torch.bfloat16, PROCESSORS)
+FORWARD_TILE, KEY_TILE, QUERY_TILE = (
+    (tile.block_m, tile.block_n) for tile in (CONFIG.forward, CONFIG.keys, CONFIG.queries)
+)
 
 # Prefix, suffix, members.
 SHAPES = (
@@ -71,8 +75,7 @@ def main() -> None:
         keys = balanced_key_tiles(
             forest, *KEY_TILE, heads=HEADS_KV, group=group, processors=PROCESSORS
         )
-        areas = (KEY_TILE[0] * KEY_TILE[1], QUERY_TILE[0] * QUERY_TILE[1])
-        _, backward = backward_order(keys, queries, *areas, group)
+        _, backward = backward_order(keys, queries, CONFIG.keys.area, CONFIG.queries.area, group)
         # Two float32 partial sums, of dK and of dV, per slot and KV head.
         mib = keys.num_slots * KEY_TILE[1] * HEAD_DIM * 2 * 4 * HEADS_KV / 2**20
         print(

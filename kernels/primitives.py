@@ -1,7 +1,7 @@
 """What the kernels share: addresses, loads, and one step of each recurrence.
 
 Shapes: M query rows, N keys, D head dimension of Q and K, DV head dimension of V. Equations are
-numbered as in docs/math.md.
+numbered as in docs/pages/math.md.
 """
 
 import torch

@@ -34,3 +34,9 @@ def test_readme_example_runs(code):
     }
     exec(code, names)
     assert names["out"].shape == (2619, 4, 16)
+
+
+def test_readme_table_is_that_of_the_results():
+    from bench.publish import markdown
+
+    assert markdown(ROOT / "bench" / "results" / "cpu.csv") in (ROOT / "README.md").read_text()
