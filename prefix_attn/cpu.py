@@ -79,6 +79,7 @@ def forward(
     out = torch.empty_like(qw, memory_format=torch.contiguous_format)
     lse = qw.new_empty(q.shape[1], q.shape[0])
     parts = list(_parts(segments))
+    finite = bool(torch.isfinite(qw.sum() + kw.sum()))
     for part in parts:
         rows = part.rows
         o, o_lse = _flash(
@@ -89,6 +90,7 @@ def forward(
             True,
             scale=scale,
         )
+        o_lse = o_lse if finite else _without_hidden(o, o_lse)
         out[rows] = _unbatch(o)
         lse[:, rows] = o_lse.transpose(0, 1).flatten(1)
     for part in parts:
@@ -98,13 +100,14 @@ def forward(
         o, o_lse = _flash(
             _fold(qw[below], group), _heads(kw[rows]), _heads(vw[rows]), 0.0, False, scale=scale
         )
+        o_lse = o_lse if finite else _without_hidden(o, o_lse)
         o = _unfold(o, group)
         o_lse = o_lse.reshape(lse.shape[0], -1)
         merged = torch.logaddexp(lse[:, below], o_lse)
         out[below] *= (lse[:, below] - merged).exp_().t()[..., None]
         out[below] += o * (o_lse - merged).exp_().t()[..., None]
         lse[:, below] = merged
-    if not bool(torch.isfinite(qw.sum() + kw.sum())):
+    if not finite:
         _restore_nan(out, lse, qw, kw, parts)
     return out[..., :head_dim_v].to(q.dtype).contiguous(), lse
 
@@ -183,6 +186,11 @@ def backward(
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """The reason why this backend can't serve tensors of a device and dtype, or None."""
     return None if device_type == "cpu" else f"needs CPU tensors, got {device_type} tensors"
+
+
+def _without_hidden(out: Tensor, lse: Tensor) -> Tensor:
+    """The LSE with -inf for rows whose scores are all -inf, where the kernels return 0 and 0."""
+    return lse.masked_fill((lse == 0) & (out == 0).all(-1), float("-inf"))
 
 
 def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, parts: list[_Part]) -> None:

@@ -5,6 +5,7 @@ Imported only where it is used: `import prefix_attn` needs no Triton.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ def forward(
     q, k, v = (_addressable(x) for x in (q, k, v))
     config = _config(q, v)
     tables = _forward_tables(_key(segments), config.forward, q.device)
-    return launch_forward(q, k, v, tables, scale, config)
+    with _current(q):
+        return launch_forward(q, k, v, tables, scale, config)
 
 
 def backward(
@@ -56,7 +58,9 @@ def backward(
     tables = _backward_tables(
         _key(segments), config, k.shape[1], q.shape[1] // k.shape[1], q.device
     )
-    return launch_backward(dout, q, k, v, out, lse.contiguous(), dlse, tables, scale, config)
+    lse = lse.contiguous()
+    with _current(q):
+        return launch_backward(dout, q, k, v, out, lse, dlse, tables, scale, config)
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -78,6 +82,11 @@ def _addressable(x: Tensor) -> Tensor:
     """A tensor with a contiguous last dimension and rows near enough for 32-bit tile offsets."""
     near = x.stride(-1) == 1 and 0 <= x.stride(0) <= MAX_STRIDE
     return x if near or x.numel() == 0 else x.contiguous()
+
+
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the GPU of x the current one: Triton launches on that, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _config(q: Tensor, v: Tensor) -> Config:

@@ -402,3 +402,16 @@ def test_cpu_no_tokens(layout: PrefixLayout, dtype: torch.dtype) -> None:
     assert result["out"].dtype == dtype
     assert result["lse"].shape == (4, 0)
     assert result["dk"].shape == (0, 2, 32)
+
+
+def test_cpu_gives_no_weight_to_a_prefix_whose_scores_are_minus_inf():
+    # One key, seen by everyone, at minus infinity: the members must come out as if alone.
+    layout = PrefixLayout.from_lengths([1], [[3, 2]])
+    q, k, v = torch.randn(3, 6, 1, 16).unbind()
+    q[..., 0] = -1.0
+    k[0, 0, 0] = float("inf")
+    out, lse = prefix_attention(q, k, v, layout, return_lse=True, backend="cpu")
+    alone = PrefixLayout.from_lengths([0], [[3, 2]])
+    expected = prefix_attention(q[1:], k[1:], v[1:], alone, return_lse=True, backend="cpu")
+    torch.testing.assert_close(out[1:], expected[0])
+    torch.testing.assert_close(lse[:, 1:], expected[1])
