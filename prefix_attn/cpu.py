@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefix_attn.schedule import Forest
+from prefix_attn.schedule import forest_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -44,7 +44,7 @@ class _Part:
 
 def _parts(segments: Tensor) -> Iterator[_Part]:
     """The filled segments in packed order; neighbouring leaves of one length go together."""
-    forest = Forest.from_segments(*segments.numpy())
+    forest = forest_of(segments.numpy().tobytes())
     lengths = (forest.ends - forest.starts).tolist()
     starts, ends = forest.starts.tolist(), forest.subtree_ends.tolist()
     pending: _Part | None = None

@@ -12,6 +12,7 @@ running fastest in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +29,8 @@ QUERY_PRODUCTS = 3
 # A key tile is cut into chunks of at most 1 / CHUNKS_PER_PROCESSOR of a processor's fair share.
 CHUNKS_PER_PROCESSOR = 8
 MIN_CHUNK = 16
+# Layouts whose forests and tables are kept.
+CACHED_LAYOUTS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,12 @@ class Forest:
     def row_subtree_ends(self) -> np.ndarray:
         """(T,) int64, end of the subtree of each row's segment."""
         return np.repeat(self.subtree_ends, self.ends - self.starts)
+
+
+@lru_cache(CACHED_LAYOUTS)
+def forest_of(content: bytes) -> Forest:
+    """The forest of a layout's `segments`, given as bytes: derived once, not once per layer."""
+    return Forest.from_segments(*np.frombuffer(content, dtype=np.int32).reshape(2, -1))
 
 
 @dataclass(frozen=True, eq=False)

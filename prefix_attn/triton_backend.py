@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
-CACHED_LAYOUTS = 64
 
 
 def forward(
@@ -103,27 +102,21 @@ def _config(q: Tensor, v: Tensor) -> Config:
     )
 
 
-def _key(segments: Tensor) -> tuple[int, bytes]:
+def _key(segments: Tensor) -> bytes:
     """What work lists are cached by: the content of a layout, not the object that holds it."""
-    return segments.shape[1], segments.numpy().tobytes()
+    return segments.numpy().tobytes()
 
 
-@lru_cache(CACHED_LAYOUTS)
-def _forest(key: tuple[int, bytes]) -> schedule.Forest:
-    count, content = key
-    return schedule.Forest.from_segments(*np.frombuffer(content, np.int32).reshape(2, count))
+@lru_cache(schedule.CACHED_LAYOUTS)
+def _subtree_end(key: bytes, device: torch.device) -> Tensor:
+    return _to(device, schedule.forest_of(key).row_subtree_ends())
 
 
-@lru_cache(CACHED_LAYOUTS)
-def _subtree_end(key: tuple[int, bytes], device: torch.device) -> Tensor:
-    return _to(device, _forest(key).row_subtree_ends())
-
-
-@lru_cache(CACHED_LAYOUTS)
-def _forward_tables(key: tuple[int, bytes], tile: Tile, device: torch.device) -> ForwardTables:
+@lru_cache(schedule.CACHED_LAYOUTS)
+def _forward_tables(key: bytes, tile: Tile, device: torch.device) -> ForwardTables:
     from prefix_attn.kernels.forward import ForwardTables
 
-    work = schedule.QueryTiles.from_forest(_forest(key), tile.block_m, tile.block_n)
+    work = schedule.QueryTiles.from_forest(schedule.forest_of(key), tile.block_m, tile.block_n)
     return ForwardTables(
         subtree_end=_subtree_end(key, device),
         items=_to(device, work.items),
@@ -132,13 +125,13 @@ def _forward_tables(key: tuple[int, bytes], tile: Tile, device: torch.device) ->
     )
 
 
-@lru_cache(CACHED_LAYOUTS)
+@lru_cache(schedule.CACHED_LAYOUTS)
 def _backward_tables(
-    key: tuple[int, bytes], config: Config, heads: int, group: int, device: torch.device
+    key: bytes, config: Config, heads: int, group: int, device: torch.device
 ) -> BackwardTables:
     from prefix_attn.kernels.backward import BackwardTables
 
-    forest = _forest(key)
+    forest = schedule.forest_of(key)
     keys = schedule.balanced_key_tiles(
         forest,
         config.keys.block_m,
