@@ -20,16 +20,19 @@ import triton
 import triton.language as tl
 
 from prefix_attn.kernels.config import Config
+from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
-    FORBIDDEN,
     LOG2E,
     accumulator,
     dot_precision,
+    forbid,
+    key_rule,
     load_full,
     load_masked,
-    log2_scale,
-    scale_argument,
+    row_floor,
+    scalar_argument,
     store_masked,
+    tanh,
     tile_ptrs,
     triton_accumulator,
 )
@@ -37,11 +40,11 @@ from prefix_attn.kernels.primitives import (
 DELTA_BLOCK_M = 64
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_queries"])
 def delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr,
     stride_o_t, stride_o_h, stride_do_t, stride_do_h,
-    num_tokens,
+    num_queries,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_DLSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -50,37 +53,58 @@ def delta_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = row0 + offs_m
-    mask_m = rows < num_tokens
+    mask_m = rows < num_queries
     o_ptrs = tile_ptrs(out_ptr, row0, head, stride_o_t, stride_o_h, offs_m, offs_dv)
     do_ptrs = tile_ptrs(dout_ptr, row0, head, stride_do_t, stride_do_h, offs_m, offs_dv)
     o = load_masked(o_ptrs, mask_m, offs_dv, DV, BLOCK_DV).to(ACC)
     do = load_masked(do_ptrs, mask_m, offs_dv, DV, BLOCK_DV).to(ACC)
     # delta = sum_d dO O - dLSE                                                          (B1)
     delta = tl.sum(o * do, 1)
-    flat = head.to(tl.int64) * num_tokens + rows
+    flat = head.to(tl.int64) * num_queries + rows
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + flat, mask=mask_m, other=0.0)
     tl.store(delta_ptr + flat, delta, mask=mask_m)
 
 
 @triton.jit
+def exponent_of(s, lse_log2, scale, softcap, SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr):
+    """S - LSE in log2 units from Q K^T, and the slope of the softcap; lse_log2 comes expanded."""
+    slope = s
+    if SOFTCAP:
+        # S = c tanh(scale Q K^T / c),  dS / d(scale Q K^T) = 1 - tanh^2                  (B2')
+        t = tanh(s * (scale / softcap), ACCURATE)
+        slope = 1.0 - t * t
+        s = t * (softcap * LOG2E)
+    else:
+        s = s * (scale * LOG2E)
+    return s - lse_log2, slope
+
+
+@triton.jit
 def key_step(
-    q, do, k, v, lse_log2, delta, seen, dk, dv, scale_log2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, k, v, lse_log2, delta, dk, dv, scale, softcap,
+    rows, floor, seen_from, seen_until, position,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds one row tile to dK (without the scale) and dV; seen is [BLOCK_N, BLOCK_M]."""
+    """Adds one row tile to dK (without the scale) and dV; scores are [BLOCK_N, BLOCK_M]."""
     # S^T = K Q^T,  dP^T = V dO^T                                                        (B2)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
     # P = 2^(S - LSE); a forbidden exponent makes P, and with it dS, zero                (B3)
-    exponent = s * scale_log2 - lse_log2[None, :]
+    exponent, slope = exponent_of(s, lse_log2[None, :], scale, softcap, SOFTCAP, ACCURATE)
     if MASKED:
-        exponent = tl.where(seen, exponent, FORBIDDEN)
+        exponent = forbid(
+            exponent, rows[None, :], floor[None, :],
+            seen_from[:, None], seen_until[:, None], position[:, None], WINDOW,
+        )  # fmt: skip
     p = tl.math.exp2(exponent)
     # dV += P^T dO                                                                       (B4)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
     # dS = P (dP - delta)                                                                (B5)
     ds = p * (dp - delta[None, :])
+    if SOFTCAP:
+        ds = ds * slope
     # dK += dS^T Q                                                                       (B6)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
     return dk, dv
@@ -90,14 +114,15 @@ def key_step(
 def key_tile(
     item, kv_head,
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
-    subtree_end_ptr, key_items_ptr,
+    rule_ptr, key_items_ptr, rows_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_do_t, stride_do_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    num_tokens, num_kv_heads, scale,
+    num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SUBSET: tl.constexpr, SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of keys [col0, col1) of one KV head, or a partial sum of them."""
     item_ptr = key_items_ptr + item * 9
@@ -117,7 +142,7 @@ def key_tile(
     offs_dv = tl.arange(0, BLOCK_DV)
     cols = col0 + offs_n
     mask_n = cols < col1
-    scale_log2 = log2_scale(scale, ACC)
+    scale = tl.full([], scale, ACC)
 
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     k_ptrs = tile_ptrs(k_ptr, col0, kv_head, stride_k_t, stride_k_h, offs_n, offs_d)
@@ -129,32 +154,50 @@ def key_tile(
 
     for j in tl.range(0, GROUP * num_full, num_stages=NUM_STAGES):
         head = kv_head * GROUP + j // num_full
-        row = full0 + (j % num_full) * BLOCK_M
+        i = j % num_full
+        row = tl.load(rows_ptr + full0 + i) if WINDOW else full0 + i * BLOCK_M
         q_ptrs = tile_ptrs(q_ptr, row, head, stride_q_t, stride_q_h, offs_m, offs_d)
         do_ptrs = tile_ptrs(dout_ptr, row, head, stride_do_t, stride_do_h, offs_m, offs_dv)
         q = load_full(q_ptrs, offs_d, D, BLOCK_D)
         do = load_full(do_ptrs, offs_dv, DV, BLOCK_DV)
-        flat = head.to(tl.int64) * num_tokens + row + offs_m
+        flat = head.to(tl.int64) * num_queries + row + offs_m
         lse_log2 = tl.load(lse_ptr + flat) * LOG2E
         delta = tl.load(delta_ptr + flat)
-        dk, dv = key_step(q, do, k, v, lse_log2, delta, None, dk, dv, scale_log2, False, PRECISION)
+        dk, dv = key_step(
+            q, do, k, v, lse_log2, delta, dk, dv, scale, softcap,
+            None, None, None, None, None, False, WINDOW, SOFTCAP, ACCURATE, PRECISION,
+        )  # fmt: skip
 
-    seen_until = tl.load(subtree_end_ptr + cols, mask=mask_n, other=0)
+    seen_from, seen_until, position = key_rule(rule_ptr, cols, mask_n, num_keys, CAUSAL, WINDOW)
     for j in tl.range(0, GROUP * num_masked, num_stages=1):
         head = kv_head * GROUP + j // num_masked
         i = j % num_masked
-        row = tl.where(i < num_before, before0 + i * BLOCK_M, after0 + (i - num_before) * BLOCK_M)
-        rows = row + offs_m
-        mask_m = rows < num_tokens
+        if WINDOW:
+            row = tl.load(rows_ptr + before0 + i)
+        else:
+            row = tl.where(
+                i < num_before, before0 + i * BLOCK_M, after0 + (i - num_before) * BLOCK_M
+            )
+        queries = row + offs_m
+        mask_m = queries < num_queries
+        rows = queries
+        if SUBSET:
+            rows = tl.load(
+                rule_ptr + num_keys + num_keys + num_keys + queries, mask=mask_m, other=-1
+            )
+        floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, WINDOW)
         q_ptrs = tile_ptrs(q_ptr, row, head, stride_q_t, stride_q_h, offs_m, offs_d)
         do_ptrs = tile_ptrs(dout_ptr, row, head, stride_do_t, stride_do_h, offs_m, offs_dv)
         q = load_masked(q_ptrs, mask_m, offs_d, D, BLOCK_D)
         do = load_masked(do_ptrs, mask_m, offs_dv, DV, BLOCK_DV)
-        flat = head.to(tl.int64) * num_tokens + rows
+        flat = head.to(tl.int64) * num_queries + queries
         lse_log2 = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
-        seen = (cols[:, None] <= rows[None, :]) & (rows[None, :] < seen_until[:, None])
-        dk, dv = key_step(q, do, k, v, lse_log2, delta, seen, dk, dv, scale_log2, True, PRECISION)
+        dk, dv = key_step(
+            q, do, k, v, lse_log2, delta, dk, dv, scale, softcap,
+            rows, floor, seen_from, seen_until, position,
+            True, WINDOW, SOFTCAP, ACCURATE, PRECISION,
+        )  # fmt: skip
 
     # dK = scale sum_h dS^T Q                                                            (B7)
     dk = dk * scale
@@ -174,19 +217,26 @@ def key_tile(
 
 @triton.jit
 def query_step(
-    q, do, k, v, lse_log2, delta, seen, dq, scale_log2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, k, v, lse_log2, delta, dq, scale, softcap,
+    rows, floor, seen_from, seen_until, position,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds one key tile to dQ (without the scale); seen is [BLOCK_M, BLOCK_N]."""
+    """Adds one key tile to dQ (without the scale); scores are [BLOCK_M, BLOCK_N]."""
     # S = Q K^T,  dP = dO V^T                                                            (B2)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
     # P = 2^(S - LSE)                                                                    (B3)
-    exponent = s * scale_log2 - lse_log2[:, None]
+    exponent, slope = exponent_of(s, lse_log2[:, None], scale, softcap, SOFTCAP, ACCURATE)
     if MASKED:
-        exponent = tl.where(seen, exponent, FORBIDDEN)
+        exponent = forbid(
+            exponent, rows[:, None], floor[:, None],
+            seen_from[None, :], seen_until[None, :], position[None, :], WINDOW,
+        )  # fmt: skip
     # dS = P (dP - delta)                                                                (B5)
     ds = tl.math.exp2(exponent) * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * slope
     # dQ += dS K                                                                         (B8)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
 
@@ -195,25 +245,27 @@ def query_step(
 def query_tile(
     item, head,
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-    subtree_end_ptr, query_items_ptr, columns_ptr, masked_ptr,
+    rule_ptr, query_items_ptr, columns_ptr, masked_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_do_t, stride_do_h, stride_dq_t, stride_dq_h,
-    num_tokens, scale,
+    num_queries, num_keys, scale, softcap, window_size,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of rows [row0, row1) of one query head; the key tiles of the forward pass."""
-    item_ptr = query_items_ptr + item * 8
+    item_ptr = query_items_ptr + item * 9
     row0 = tl.load(item_ptr)
     row1 = tl.load(item_ptr + 1)
-    list0 = tl.load(item_ptr + 2)
-    num_listed = tl.load(item_ptr + 3)
-    own0 = tl.load(item_ptr + 4)
-    num_own = tl.load(item_ptr + 5)
-    masked0 = tl.load(item_ptr + 6)
-    num_masked = tl.load(item_ptr + 7)
+    query0 = tl.load(item_ptr + 2)
+    list0 = tl.load(item_ptr + 3)
+    num_listed = tl.load(item_ptr + 4)
+    own0 = tl.load(item_ptr + 5)
+    num_own = tl.load(item_ptr + 6)
+    masked0 = tl.load(item_ptr + 7)
+    num_masked = tl.load(item_ptr + 8)
 
     kv_head = head // GROUP
     offs_m = tl.arange(0, BLOCK_M)
@@ -222,14 +274,14 @@ def query_tile(
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = row0 + offs_m
     mask_m = rows < row1
-    scale_log2 = log2_scale(scale, ACC)
+    scale = tl.full([], scale, ACC)
 
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-    q_ptrs = tile_ptrs(q_ptr, row0, head, stride_q_t, stride_q_h, offs_m, offs_d)
-    do_ptrs = tile_ptrs(dout_ptr, row0, head, stride_do_t, stride_do_h, offs_m, offs_dv)
+    q_ptrs = tile_ptrs(q_ptr, query0, head, stride_q_t, stride_q_h, offs_m, offs_d)
+    do_ptrs = tile_ptrs(dout_ptr, query0, head, stride_do_t, stride_do_h, offs_m, offs_dv)
     q = load_masked(q_ptrs, mask_m, offs_d, D, BLOCK_D)
     do = load_masked(do_ptrs, mask_m, offs_dv, DV, BLOCK_DV)
-    flat = head.to(tl.int64) * num_tokens + rows
+    flat = head.to(tl.int64) * num_queries + query0 + offs_m
     lse_log2 = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -241,40 +293,48 @@ def query_tile(
         v_ptrs = tile_ptrs(v_ptr, col, kv_head, stride_v_t, stride_v_h, offs_n, offs_dv)
         k = load_full(k_ptrs, offs_d, D, BLOCK_D)
         v = load_full(v_ptrs, offs_dv, DV, BLOCK_DV)
-        dq = query_step(q, do, k, v, lse_log2, delta, None, dq, scale_log2, False, PRECISION)
+        dq = query_step(
+            q, do, k, v, lse_log2, delta, dq, scale, softcap,
+            None, None, None, None, None, False, WINDOW, SOFTCAP, ACCURATE, PRECISION,
+        )  # fmt: skip
 
+    floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, WINDOW)
     for j in tl.range(0, num_masked, num_stages=1):
         col = tl.load(masked_ptr + 2 * (masked0 + j))
         col_end = tl.load(masked_ptr + 2 * (masked0 + j) + 1)
         cols = col + offs_n
         mask_n = cols < col_end
-        seen_until = tl.load(subtree_end_ptr + cols, mask=mask_n, other=0)
+        seen_from, seen_until, position = key_rule(rule_ptr, cols, mask_n, num_keys, CAUSAL, WINDOW)
         k_ptrs = tile_ptrs(k_ptr, col, kv_head, stride_k_t, stride_k_h, offs_n, offs_d)
         v_ptrs = tile_ptrs(v_ptr, col, kv_head, stride_v_t, stride_v_h, offs_n, offs_dv)
         k = load_masked(k_ptrs, mask_n, offs_d, D, BLOCK_D)
         v = load_masked(v_ptrs, mask_n, offs_dv, DV, BLOCK_DV)
-        seen = (cols[None, :] <= rows[:, None]) & (rows[:, None] < seen_until[None, :])
-        dq = query_step(q, do, k, v, lse_log2, delta, seen, dq, scale_log2, True, PRECISION)
+        dq = query_step(
+            q, do, k, v, lse_log2, delta, dq, scale, softcap,
+            rows, floor, seen_from, seen_until, position,
+            True, WINDOW, SOFTCAP, ACCURATE, PRECISION,
+        )  # fmt: skip
 
     # dQ = scale dS K                                                                    (B9)
-    dq_ptrs = tile_ptrs(dq_ptr, row0, head, stride_dq_t, stride_dq_h, offs_m, offs_d)
+    dq_ptrs = tile_ptrs(dq_ptr, query0, head, stride_dq_t, stride_dq_h, offs_m, offs_d)
     store_masked(dq_ptrs, dq * scale, mask_m, offs_d, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_key_items"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_items", "window_size"])
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     dk_part_ptr, dv_part_ptr,
-    subtree_end_ptr, order_ptr, key_items_ptr, query_items_ptr, columns_ptr, masked_ptr,
+    rule_ptr, order_ptr, key_items_ptr, rows_ptr, query_items_ptr, columns_ptr, masked_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_do_t, stride_do_h,
     stride_dq_t, stride_dq_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    num_tokens, num_key_items, num_kv_heads, scale,
+    num_queries, num_keys, num_key_items, num_kv_heads, scale, softcap, window_size,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     KEYS_M: tl.constexpr, KEYS_N: tl.constexpr, KEYS_STAGES: tl.constexpr,
     QUERIES_M: tl.constexpr, QUERIES_N: tl.constexpr, QUERIES_STAGES: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SUBSET: tl.constexpr, SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv_head = pid % num_kv_heads
@@ -283,22 +343,24 @@ def backward_kernel(
         key_tile(
             item, kv_head,
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-            dk_part_ptr, dv_part_ptr, subtree_end_ptr, key_items_ptr,
+            dk_part_ptr, dv_part_ptr, rule_ptr, key_items_ptr, rows_ptr,
             stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
             stride_do_t, stride_do_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-            num_tokens, num_kv_heads, scale,
-            GROUP, D, DV, BLOCK_D, BLOCK_DV, KEYS_M, KEYS_N, KEYS_STAGES, ACC, PRECISION,
+            num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
+            GROUP, D, DV, BLOCK_D, BLOCK_DV, KEYS_M, KEYS_N, KEYS_STAGES,
+            CAUSAL, WINDOW, SUBSET, SOFTCAP, ACCURATE, ACC, PRECISION,
         )  # fmt: skip
     else:
         head = kv_head * GROUP + tl.load(order_ptr + 2 * (pid // num_kv_heads) + 1)
         query_tile(
             item - num_key_items, head,
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-            subtree_end_ptr, query_items_ptr, columns_ptr, masked_ptr,
+            rule_ptr, query_items_ptr, columns_ptr, masked_ptr,
             stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
             stride_do_t, stride_do_h, stride_dq_t, stride_dq_h,
-            num_tokens, scale,
-            GROUP, D, DV, BLOCK_D, BLOCK_DV, QUERIES_M, QUERIES_N, QUERIES_STAGES, ACC, PRECISION,
+            num_queries, num_keys, scale, softcap, window_size,
+            GROUP, D, DV, BLOCK_D, BLOCK_DV, QUERIES_M, QUERIES_N, QUERIES_STAGES,
+            CAUSAL, WINDOW, SOFTCAP, ACCURATE, ACC, PRECISION,
         )  # fmt: skip
 
 
@@ -329,13 +391,14 @@ def reduce_kernel(
 class BackwardTables:
     """Device copies of a schedule: int32, shapes as in `prefix_attn.schedule`.
 
-    `order` is the list of `backward_order`, `key_items` and `splits` are of `KeyTiles`, the next
-    three of `QueryTiles`; `subtree_end` is (T,), the attention rule.
+    `order` is the list of `backward_order`; `key_items`, `rows` and `splits` are of `KeyTiles`, the
+    last three of `QueryTiles`; `rule` is that of `ForwardTables`.
     """
 
-    subtree_end: torch.Tensor
+    rule: torch.Tensor
     order: torch.Tensor
     key_items: torch.Tensor
+    rows: torch.Tensor
     splits: torch.Tensor
     num_slots: int
     query_items: torch.Tensor
@@ -351,28 +414,30 @@ def launch_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     tables: BackwardTables,
-    scale: float,
+    options: Options,
     config: Config,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Runs the preprocess, the backward kernel and the reduction of split tiles.
 
     Args:
-        dout: (T, Hq, DV), last dimension contiguous.
-        q: (T, Hq, D), likewise.
+        dout: (Tq, Hq, DV), last dimension contiguous.
+        q: (Tq, Hq, D), likewise.
         k: (T, Hkv, D), likewise.
         v: (T, Hkv, DV), likewise.
-        out: (T, Hq, DV), of the forward pass.
-        lse: (Hq, T), contiguous, of the forward pass.
-        dlse: (Hq, T), contiguous, or None.
+        out: (Tq, Hq, DV), of the forward pass.
+        lse: (Hq, Tq), contiguous, of the forward pass.
+        dlse: (Hq, Tq), contiguous, or None.
+        sinks: (Hq,), or None.
         tables: work lists made for `config.keys` and `config.queries`.
-        scale: factor of the scores.
+        options: of the call.
         config: tile shapes.
 
     Returns:
-        dq (T, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV).
+        dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.
     """
-    num_tokens, num_heads, head_dim = q.shape
+    num_queries, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[1], v.shape[2]
     block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim_v)
     acc, tl_acc = accumulator(q.dtype), triton_accumulator(q.dtype)
@@ -381,7 +446,7 @@ def launch_backward(
     dv = v.new_empty(v.shape)
 
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(num_tokens, DELTA_BLOCK_M), num_heads)](
+    delta_kernel[(triton.cdiv(num_queries, DELTA_BLOCK_M), num_heads)](
         out_ptr=out,
         dout_ptr=dout,
         dlse_ptr=lse if dlse is None else dlse,
@@ -390,7 +455,7 @@ def launch_backward(
         stride_o_h=out.stride(1),
         stride_do_t=dout.stride(0),
         stride_do_h=dout.stride(1),
-        num_tokens=num_tokens,
+        num_queries=num_queries,
         DV=head_dim_v,
         BLOCK_DV=block_dv,
         BLOCK_M=DELTA_BLOCK_M,
@@ -415,9 +480,10 @@ def launch_backward(
         dv_ptr=dv,
         dk_part_ptr=dk_part,
         dv_part_ptr=dv_part,
-        subtree_end_ptr=tables.subtree_end,
+        rule_ptr=tables.rule,
         order_ptr=tables.order,
         key_items_ptr=tables.key_items,
+        rows_ptr=tables.rows,
         query_items_ptr=tables.query_items,
         columns_ptr=tables.columns,
         masked_ptr=tables.masked,
@@ -435,10 +501,13 @@ def launch_backward(
         stride_dk_h=dk.stride(1),
         stride_dv_t=dv.stride(0),
         stride_dv_h=dv.stride(1),
-        num_tokens=num_tokens,
+        num_queries=num_queries,
+        num_keys=k.shape[0],
         num_key_items=tables.key_items.shape[0],
         num_kv_heads=num_kv_heads,
-        scale=scale_argument(scale, q.dtype),
+        scale=scalar_argument(options.scale, q.dtype),
+        softcap=scalar_argument(options.softcap or 1.0, q.dtype),
+        window_size=options.window_size or 0,
         GROUP=num_heads // num_kv_heads,
         D=head_dim,
         DV=head_dim_v,
@@ -450,6 +519,11 @@ def launch_backward(
         QUERIES_M=config.queries.block_m,
         QUERIES_N=config.queries.block_n,
         QUERIES_STAGES=config.queries.num_stages,
+        CAUSAL=options.prefix_causal,
+        WINDOW=options.window_size is not None,
+        SUBSET=num_queries < k.shape[0],
+        SOFTCAP=options.softcap is not None,
+        ACCURATE=q.dtype.itemsize >= 4,
         ACC=tl_acc,
         PRECISION=dot_precision(q.dtype),
         num_warps=config.backward_warps,
@@ -475,4 +549,9 @@ def launch_backward(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-    return dq, dk, dv
+    dsinks = None
+    if sinks is not None:
+        # dsink = -sum_r P_sink delta, P_sink = exp(sink - LSE)                             (B10)
+        p_sink = torch.exp(sinks.to(acc)[:, None] - lse)
+        dsinks = -(p_sink * delta).sum(1).to(sinks.dtype)
+    return dq, dk, dv, dsinks

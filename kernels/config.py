@@ -34,6 +34,7 @@ class Config:
         queries: tile of the backward programs that own query rows (dQ).
         backward_warps: warps of the backward kernel, which runs both kinds.
         processors: multiprocessors, for the balance of the work lists.
+        forward_descriptors: whether the forward kernel loads K and V by TMA.
     """
 
     forward: Tile
@@ -42,6 +43,7 @@ class Config:
     queries: Tile
     backward_warps: int
     processors: int
+    forward_descriptors: bool = False
 
 
 INTERPRETER = Config(
@@ -54,22 +56,32 @@ INTERPRETER = Config(
 )
 
 
-def select_config(capability: int, head_dim: int, dtype: torch.dtype, processors: int) -> Config:
+def select_config(
+    capability: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    processors: int,
+    head_dim_v: int | None = None,
+) -> Config:
     """Returns the configuration for a device.
 
     Args:
         capability: compute capability as major * 10 + minor, such as 90.
-        head_dim: the larger of D and DV.
+        head_dim: D.
         dtype: dtype of q, k and v.
         processors: multiprocessors of the device.
+        head_dim_v: DV; D by default.
     """
+    dims = {head_dim, head_dim if head_dim_v is None else head_dim_v}
+    head_dim = max(dims)
     if dtype == torch.float32:
         return _float32(head_dim, processors)
     if capability < 80 or capability in (86, 89) or capability >= 120:
         return _small(head_dim, processors)
     if capability < 90:
         return _ampere(head_dim, processors)
-    return _hopper(head_dim, processors)
+    # A descriptor's tile is as wide as a head: no padding to a power of two.
+    return _hopper(head_dim, processors, descriptors=capability == 90 and dims <= {64, 128})
 
 
 # Figures: registers, then bytes of spill stores / loads, then shared memory; bfloat16, Triton 3.9
@@ -110,17 +122,20 @@ def _ampere(head_dim: int, processors: int) -> Config:
     return Config(Tile(64, 64), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
 
 
-def _hopper(head_dim: int, processors: int) -> Config:
+def _hopper(head_dim: int, processors: int, descriptors: bool) -> Config:
     """sm_90, and sm_100 with the same tiles: 227 KB of shared memory in a block."""
     if head_dim <= 64:
         # 246, 0, 64 KB, two blocks; 8 warps leave room for one. Backward 232, 0, 81 KB.
         # sm_100: 254, 0, 64 KB, two blocks; 232, 0, 97 KB.
         return Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
     if head_dim <= 128:
-        # 254, 0, 128 KB; 128x128 spills 44/64, 4 warps 684/876. Backward 255, 56/88, 161 KB
-        # (Triton 3.6: 92/172); 64x64 keys spill 120/168 and compute half of S and dP twice.
+        # 254, 0, 128 KB; 128x128 spills 44/64, 4 warps 684/876. By TMA on sm_90 128x128 spills
+        # 8/12, outside of its full loop, with 14 % fewer clocks per key there (255, 160 KB).
+        # Backward 255, 56/88, 161 KB (Triton 3.6: 88/156); 64x64 keys spill 120/168 and compute
+        # half of S and dP twice. TMA there spills less on 3.6 and more on 3.9.
         # sm_100: 250, 0, 129 KB; 246, 0, 193 KB (3.6: 60/112).
-        return Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
+        forward = Tile(128, 128) if descriptors else Tile(128, 64, 5)
+        return Config(forward, 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors, descriptors)
     # 254, 0, 160 KB; 128x64 spills 96/156. Backward 255, 188/188, none of it in dK and dV's full
     # loop, 160 KB; 64x64 spills 1452/1764. sm_100: 245, 0, 161 KB; 233, 0, 176 KB.
     return Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)

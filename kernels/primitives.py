@@ -7,6 +7,7 @@ numbered as in docs/pages/math.md.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -57,6 +58,57 @@ def log2_scale(scale, ACC: tl.constexpr):
 
 
 @triton.jit
+def key_rule(rule_ptr, cols, mask_n, num_keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """First row that sees each key, end of these rows, and its position (under a window)."""
+    # [BLOCK_N]; keys outside of mask_n are seen by no row
+    seen_until = tl.load(rule_ptr + cols, mask=mask_n, other=0)
+    seen_from = cols
+    position = cols
+    if not CAUSAL:
+        seen_from = tl.load(rule_ptr + num_keys + cols, mask=mask_n, other=0)
+    if WINDOW:
+        position = tl.load(rule_ptr + num_keys + num_keys + cols, mask=mask_n, other=0)
+    return seen_from, seen_until, position
+
+
+@triton.jit
+def row_floor(rule_ptr, rows, mask_m, num_keys, window_size, WINDOW: tl.constexpr):
+    """The last position that is too far back for each row, under a window."""
+    floor = rows
+    if WINDOW:
+        position = tl.load(rule_ptr + num_keys + num_keys + rows, mask=mask_m, other=0)
+        floor = position - window_size
+    return floor
+
+
+@triton.jit
+def forbid(s, rows, floor, seen_from, seen_until, position, WINDOW: tl.constexpr):
+    """The attention rule: scores of pairs that it excludes become FORBIDDEN.
+
+    Rows and keys come expanded to the two sides of s, [M, 1] and [1, N] or [1, M] and [N, 1].
+    """
+    if WINDOW:
+        return tl.where(
+            (seen_from <= rows) & (rows < seen_until) & (position > floor), s, FORBIDDEN
+        )
+    else:
+        return tl.where((seen_from <= rows) & (rows < seen_until), s, FORBIDDEN)
+
+
+@triton.jit
+def tanh(x, ACCURATE: tl.constexpr):
+    """Hyperbolic tangent; ACCURATE keeps small results exact to the last places too."""
+    y = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+    if ACCURATE:
+        # Pade approximant of order (7, 6): its error is below 1e-15 x there.
+        z = x * x
+        top = x * (135135.0 + z * (17325.0 + z * (378.0 + z)))
+        bottom = 135135.0 + z * (62370.0 + z * (3150.0 + z * 28.0))
+        y = tl.where(tl.abs(x) < 0.5, top / bottom, y)
+    return y
+
+
+@triton.jit
 def softmax_step(s, v, acc, l_i, m_i, scale_log2, PRECISION: tl.constexpr):
     """Folds the scores of one key tile into the running softmax; scale_log2 >= 0."""
     # m' = max(m, max_n S)                                                               (F2)
@@ -91,6 +143,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def scale_argument(scale: float, dtype: torch.dtype) -> float | tl.constexpr:
+def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:
     """Scalars reach kernels as float32: float64 inputs need theirs as a constant."""
-    return tl.constexpr(scale) if dtype == torch.float64 else scale
+    return tl.constexpr(value) if dtype == torch.float64 else value
+
+
+def tile_descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
+    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head.
+
+    Copies x where its heads do not lie side by side, or where its rows overlap or do not start at
+    multiples of 16 bytes.
+    """
+    flat = x.flatten(1)
+    aligned = flat.data_ptr() % 16 == 0 and flat.stride(0) * flat.itemsize % 16 == 0
+    if not aligned or flat.stride(0) < flat.shape[1] or flat.stride(1) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor.from_tensor(flat, [block_rows, x.shape[2]])

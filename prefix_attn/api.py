@@ -28,6 +28,7 @@ def prefix_attention(
     window_size: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    prefix_causal: bool = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool | None = ...,
     backend: str = ...,
@@ -45,6 +46,7 @@ def prefix_attention(
     window_size: int | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    prefix_causal: bool = ...,
     return_lse: Literal[True],
     deterministic: bool | None = ...,
     backend: str = ...,
@@ -61,6 +63,7 @@ def prefix_attention(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_causal: bool = True,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
@@ -71,18 +74,19 @@ def prefix_attention(
     shared row is the sum over all sequences that share it.
 
     Args:
-        q: (T, Hq, D) queries on the packed axis; D from 16 to 256. Strides are free except that
-            the last dimension is contiguous.
+        q: (Tq, Hq, D) queries on the packed axis, Tq = T but for `layout.queries_for`; D from 16
+            to 256. Strides are free except that the last dimension is contiguous.
         k: (T, Hkv, D) keys; Hq is a multiple of Hkv.
         v: (T, Hkv, DV) values; DV from 16 to 256.
         layout: where the segments lie, T tokens, on the device of q.
         scale: factor of the scores, `D ** -0.5` by default.
-        window_size: a query sees this many keys on its path, itself included (positions, not
-            packed rows). Backend "reference" only.
-        softcap: scores s become `softcap * tanh(s / softcap)`. Backend "reference" only.
+        window_size: a query sees this many keys back on its path, itself included (positions, not
+            packed rows). Not in backend "cpu".
+        softcap: scores s become `softcap * tanh(s / softcap)`. Not in backend "cpu".
         sinks: (Hq,), one more logit per query head in the softmax denominator, differentiable.
-            Backend "reference" only.
-        return_lse: also return the log-sum-exp of the scores.
+        prefix_causal: False lets the rows of every segment that others continue see all of it, as
+            prefix language models do; a window still ends what they see behind them.
+        return_lse: also return the log-sum-exp of the scores, sinks included.
         deterministic: gradients have the same bits from run to run. Every backend is
             deterministic, so None, True and False do the same today.
         backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "cpu", "reference"
@@ -90,7 +94,7 @@ def prefix_attention(
             lacks. A named backend never falls back to another one.
 
     Returns:
-        out (T, Hq, DV) in the dtype of q; with `return_lse` also lse (Hq, T), natural log,
+        out (Tq, Hq, DV) in the dtype of q; with `return_lse` also lse (Hq, Tq), natural log,
         float32 (float64 for float64 inputs), differentiable.
 
     Raises:
@@ -108,24 +112,43 @@ def prefix_attention(
     scale = q.shape[2] ** -0.5 if scale is None else _number("scale", scale)
     if window_size is not None and (type(window_size) is not int or window_size < 1):
         raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
+    if window_size is not None and window_size >= layout.max_length:
+        window_size = None  # it hides nothing
     if softcap is not None:
         softcap = _number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if prefix_causal not in (True, False):
+        raise ValueError(f"prefix_causal must be True or False, got {prefix_causal!r}")
     if deterministic not in (None, True, False):
         raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
     options = [
         name
-        for name, value in (("window_size", window_size), ("softcap", softcap), ("sinks", sinks))
-        if value is not None
+        for name, used in (
+            ("window_size", window_size is not None),
+            ("softcap", softcap is not None),
+            ("sinks", sinks is not None),
+            ("prefix_causal=False", not prefix_causal),
+        )
+        if used
     ]
     backend = choose_backend(backend, q.device.type, q.dtype, options)
     if backend == "reference":
         out, lse = reference_attention(
-            q, k, v, layout, scale=scale, window_size=window_size, softcap=softcap, sinks=sinks
+            q,
+            k,
+            v,
+            layout,
+            scale=scale,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            prefix_causal=prefix_causal,
         )
     else:
-        out, lse = PrefixAttention.apply(q, k, v, layout.segments, scale, backend)
+        out, lse = PrefixAttention.apply(
+            q, k, v, sinks, layout.segments, scale, softcap, window_size, prefix_causal, backend
+        )
     return (out, lse) if return_lse else out
 
 
@@ -161,9 +184,7 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype, options: Sequence[
     """The reason why a backend can't serve a call, or None."""
     if name == "reference":
         return None
-    if options:
-        return f"does not support {', '.join(options)} yet"
-    return BACKENDS[name].why_not(device_type, dtype)
+    return BACKENDS[name].why_not(device_type, dtype, options)
 
 
 def _check_tensors(
@@ -193,10 +214,11 @@ def _check_tensors(
         raise ValueError(
             f"the layout is on {layout.device}, q on {q.device}; use layout.to('{q.device}')"
         )
-    tokens, heads, head_dim = q.shape
-    if layout.num_tokens != tokens:
-        raise ValueError(f"the layout has {layout.num_tokens} tokens, q has {tokens}")
-    kv_heads = k.shape[1]
+    queries, heads, head_dim = q.shape
+    if layout.num_queries != queries:
+        what = "tokens" if layout.num_queries == layout.num_tokens else "queries"
+        raise ValueError(f"the layout has {layout.num_queries} {what}, q has {queries}")
+    tokens, kv_heads = layout.num_tokens, k.shape[1]
     if k.shape[0] != tokens or k.shape[2] != head_dim:
         raise ValueError(f"k must have shape ({tokens}, Hkv, {head_dim}), got {tuple(k.shape)}")
     if v.shape[0] != tokens or v.shape[1] != kv_heads:
@@ -208,6 +230,8 @@ def _check_tensors(
             raise ValueError(f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
     if sinks is not None and not isinstance(sinks, Tensor):
         raise TypeError(f"sinks must be a tensor or None, got {type(sinks).__name__}")
+    if sinks is not None and not sinks.is_floating_point():
+        raise ValueError(f"sinks must hold floating-point numbers, got {sinks.dtype}")
     if sinks is not None and (sinks.shape != (heads,) or sinks.device != q.device):
         raise ValueError(
             f"sinks must have shape ({heads},) on {q.device}, got {tuple(sinks.shape)} on "

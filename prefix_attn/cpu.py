@@ -7,13 +7,14 @@ exact, since P = exp(S - LSE) and delta = sum(dO * O) are those of the whole row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefix_attn.kernels.options import Options
 from prefix_attn.schedule import forest_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -22,55 +23,69 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class _Part:
-    """`count` segments of `length` tokens end to end from `start`, and the end of their subtree."""
+    """`count` neighbouring segments of `length` tokens from row `start` on.
+
+    `queries` are the places of their rows in q, `below` those of all rows that continue them.
+    """
 
     start: int
     length: int
     count: int
-    subtree_end: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length * self.count
+    causal: bool
+    queries: slice
+    below: slice
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.end)
-
-    @property
-    def rows_below(self) -> slice:
-        return slice(self.end, self.subtree_end)
+        return slice(self.start, self.start + self.length * self.count)
 
 
-def _parts(segments: Tensor) -> Iterator[_Part]:
+def _parts(segments: Tensor, options: Options) -> list[_Part]:
     """The filled segments in packed order; neighbouring leaves of one length go together."""
-    forest = forest_of(segments.numpy().tobytes())
-    lengths = (forest.ends - forest.starts).tolist()
-    starts, ends = forest.starts.tolist(), forest.subtree_ends.tolist()
-    pending: _Part | None = None
-    for start, length, end in zip(starts, lengths, ends, strict=True):
-        if not length:
+    forest = forest_of(segments.numpy().tobytes(), None, options.prefix_causal)
+    before = forest.queries_before.tolist()
+    parts: list[_Part] = []
+    for start, end, stop, has_queries, bidirectional in zip(
+        forest.starts.tolist(),
+        forest.ends.tolist(),
+        forest.subtree_ends.tolist(),
+        forest.has_queries.tolist(),
+        forest.bidirectional.tolist(),
+        strict=True,
+    ):
+        if start == end:
             continue
-        leaf = end == start + length
-        if pending and leaf and pending.length == length:
-            pending = _Part(pending.start, length, pending.count + 1, end)
+        queries, below = slice(before[start], before[end]), slice(before[end], before[stop])
+        last = parts[-1] if parts else None
+        if (
+            last
+            and has_queries
+            and end == stop  # a leaf, like the last part, and its neighbour in q too
+            and last.rows.stop == start
+            and last.below == slice(queries.start, queries.start)
+            and _length(last.queries)
+            and last.length == end - start
+        ):
+            queries = slice(last.queries.start, queries.stop)
+            parts[-1] = replace(last, count=last.count + 1, queries=queries, below=below)
             continue
-        if pending:
-            yield pending
-        pending = _Part(start, length, 1, end) if leaf else None
-        if not leaf:
-            yield _Part(start, length, 1, end)
-    if pending:
-        yield pending
+        parts.append(_Part(start, end - start, 1, not bidirectional, queries, below))
+    return parts
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, DV) and lse (Hq, T) of packed q, k, v under the layout of `segments`."""
+    """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = options.scale
     if scale <= 0:  # the kernels multiply masked scores, -inf, by the scale
-        out, lse = forward(q.to(dtype) * scale, k.to(dtype), v.to(dtype), segments, 1.0)
+        scaled, positive = q.to(dtype) * scale, replace(options, scale=1.0)
+        out, lse = forward(scaled, k.to(dtype), v.to(dtype), sinks, segments, positive)
         return out.to(q.dtype), lse
     head_dim_v = v.shape[2]
     group = q.shape[1] // k.shape[1]
@@ -78,25 +93,27 @@ def forward(
     qw, kw, vw = (_widen(x, dtype, width) for x in (q, k, v))
     out = torch.empty_like(qw, memory_format=torch.contiguous_format)
     lse = qw.new_empty(q.shape[1], q.shape[0])
-    parts = list(_parts(segments))
+    parts = _parts(segments, options)
     finite = bool(torch.isfinite(qw.sum() + kw.sum()))
     for part in parts:
-        rows = part.rows
+        rows, queries = part.rows, part.queries
+        if not _length(queries):
+            continue
         o, o_lse = _flash(
-            _batch(qw[rows], part),
+            _batch(qw[queries], part),
             _batch(_repeat(kw[rows], group), part),
             _batch(_repeat(vw[rows], group), part),
             0.0,
-            True,
+            part.causal,
             scale=scale,
         )
         o_lse = o_lse if finite else _without_hidden(o, o_lse)
-        out[rows] = _unbatch(o)
-        lse[:, rows] = o_lse.transpose(0, 1).flatten(1)
+        out[queries] = _unbatch(o)
+        lse[:, queries] = o_lse.transpose(0, 1).flatten(1)
     for part in parts:
-        if part.end == part.subtree_end:
+        rows, below = part.rows, part.below
+        if not _length(below):
             continue
-        rows, below = part.rows, part.rows_below
         o, o_lse = _flash(
             _fold(qw[below], group), _heads(kw[rows]), _heads(vw[rows]), 0.0, False, scale=scale
         )
@@ -107,6 +124,10 @@ def forward(
         out[below] *= (lse[:, below] - merged).exp_().t()[..., None]
         out[below] += o * (o_lse - merged).exp_().t()[..., None]
         lse[:, below] = merged
+    if sinks is not None:
+        merged = torch.logaddexp(lse, sinks.to(dtype)[:, None])
+        out *= (lse - merged).exp_().t()[..., None]
+        lse = merged
     if not finite:
         _restore_nan(out, lse, qw, kw, parts)
     return out[..., :head_dim_v].to(q.dtype).contiguous(), lse
@@ -120,15 +141,20 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    sinks: Tensor | None,
     segments: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; the gradient of a prefix is summed over its members and query heads."""
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = options.scale
     if scale <= 0:
         dout, qw, kw, vw, out = (x.to(dtype) for x in (dout, q, k, v, out))
-        dq, dk, dv = backward(dout, qw * scale, kw, vw, out, lse, dlse, segments, 1.0)
-        return (dq * scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        positive = replace(options, scale=1.0)
+        dq, dk, dv, dsinks = backward(
+            dout, qw * scale, kw, vw, out, lse, dlse, sinks, segments, positive
+        )
+        return (dq * scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
     group = q.shape[1] // k.shape[1]
     width = max(q.shape[2], v.shape[2])
     # dS = P (dP - delta + dLSE): one more column, with dO = 1 and O = -dLSE, says so to a kernel
@@ -139,29 +165,32 @@ def backward(
         dow[..., -1] = 1.0
         ow[..., -1] = -dlse.t().to(dtype)
     dq = torch.empty_like(qw, memory_format=torch.contiguous_format)
-    dk = torch.empty_like(kw, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(vw, memory_format=torch.contiguous_format)
-    parts = list(_parts(segments))
+    # Keys that no query of their own segment sees start from zero.
+    dk = torch.zeros_like(kw, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(vw, memory_format=torch.contiguous_format)
+    parts = _parts(segments, options)
     for part in parts:
-        rows = part.rows
+        rows, queries = part.rows, part.queries
+        if not _length(queries):
+            continue
         grads = _flash_backward(
-            _batch(dow[rows], part),
-            _batch(qw[rows], part),
+            _batch(dow[queries], part),
+            _batch(qw[queries], part),
             _batch(_repeat(kw[rows], group), part),
             _batch(_repeat(vw[rows], group), part),
-            _batch(ow[rows], part),
-            lse[:, rows].unflatten(1, (part.count, part.length)).transpose(0, 1),
+            _batch(ow[queries], part),
+            lse[:, queries].unflatten(1, (part.count, part.length)).transpose(0, 1),
             0.0,
-            True,
+            part.causal,
             scale=scale,
         )
-        dq[rows] = _unbatch(grads[0])
+        dq[queries] = _unbatch(grads[0])
         dk[rows] = _sum_repeats(_unbatch(grads[1]), group)
         dv[rows] = _sum_repeats(_unbatch(grads[2]), group)
     for part in parts:
-        if part.end == part.subtree_end:
+        rows, below = part.rows, part.below
+        if not _length(below):
             continue
-        rows, below = part.rows, part.rows_below
         grads = _flash_backward(
             _fold(dow[below], group),
             _fold(qw[below], group),
@@ -176,16 +205,24 @@ def backward(
         dq[below] += _unfold(grads[0], group)
         dk[rows] += grads[1][0].transpose(0, 1)
         dv[rows] += grads[2][0].transpose(0, 1)
+    dsinks = None
+    if sinks is not None:
+        delta = (dow * ow).sum(-1).t()
+        dsinks = -(torch.exp(sinks.to(dtype)[:, None] - lse) * delta).sum(1).to(sinks.dtype)
     return (
         dq[..., : q.shape[2]].to(q.dtype).contiguous(),
         dk[..., : k.shape[2]].to(k.dtype).contiguous(),
         dv[..., : v.shape[2]].to(v.dtype).contiguous(),
+        dsinks,
     )
 
 
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why this backend can't serve tensors of a device and dtype, or None."""
-    return None if device_type == "cpu" else f"needs CPU tensors, got {device_type} tensors"
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
+    """The reason why this backend can't serve a device, dtype and options in use, or None."""
+    if device_type != "cpu":
+        return f"needs CPU tensors, got {device_type} tensors"
+    lacking = [name for name in options if name in ("window_size", "softcap")]
+    return f"does not support {', '.join(lacking)}" if lacking else None
 
 
 def _without_hidden(out: Tensor, lse: Tensor) -> Tensor:
@@ -201,9 +238,11 @@ def _restore_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, parts: list[_Pa
     """
     group = q.shape[1] // k.shape[1]
     for part in parts:
-        for start in range(part.start, part.end, part.length):
-            end = start + part.length if part.count > 1 else part.subtree_end
-            rows = slice(start, end)
+        for i in range(part.count):
+            start = part.start + i * part.length
+            own = part.queries.start + i * part.length
+            stop = own + part.length if part.count > 1 else part.below.stop
+            rows = slice(own, stop)
             bad = (q[rows] * _repeat(k[start : start + 1], group)).sum(-1).isnan()
             out[rows].masked_fill_(bad[..., None], float("nan"))
             lse[:, rows].masked_fill_(bad.t(), float("nan"))

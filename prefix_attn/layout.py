@@ -9,7 +9,7 @@ range of rows, and one integer per key is the whole attention rule:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,14 +38,17 @@ class PrefixLayout:
         # # # . . #
 
     Attributes:
-        segments: (2, S) int32 on the CPU, the lengths and the parents: the whole layout.
+        segments: (3, S) int32 on the CPU, the lengths, the parents, and 1 where the rows of a
+            segment are queries: the whole layout.
         cu_seqlens: (S + 1,) int32, first row of each segment, and T.
         parents: (S,) int32, the segment that each one continues, -1 for roots.
         position_ids: (T,) int64, depth of each token along its path.
         subtree_end: (T,) int32, end of the subtree of each row's segment.
+        query_rows: (Tq,) int64, packed rows that are queries, ascending: all but for `queries_for`.
         sequence_leaves: (N,) int32 on the CPU, the leaf segment of each sequence, in the order in
             which the caller named the sequences.
         num_groups: number of roots.
+        max_length: tokens of the longest sequence.
     """
 
     segments: Tensor
@@ -53,8 +56,10 @@ class PrefixLayout:
     parents: Tensor
     position_ids: Tensor
     subtree_end: Tensor
+    query_rows: Tensor
     sequence_leaves: Tensor
     num_groups: int
+    max_length: int
 
     # ---- construction ---------------------------------------------------------------------------
 
@@ -234,7 +239,7 @@ class PrefixLayout:
         ends = np.cumsum(lengths)
         starts = ends - lengths
         subtree_ends = subtree_ends_of(parents, ends)
-        depths = _depths(parents, lengths)
+        depths = depths_of(parents, lengths)
         within = np.arange(total) - np.repeat(starts, lengths)
         if leaves is None:
             leaves = np.setdiff1d(np.arange(len(parents)), parents)
@@ -249,26 +254,59 @@ class PrefixLayout:
             torch.from_numpy(t).to(device) for t in tensors
         )
         return cls(
-            segments=torch.from_numpy(np.stack([lengths, parents]).astype(np.int32)),
+            segments=torch.from_numpy(
+                np.stack([lengths, parents, np.ones_like(lengths)]).astype(np.int32)
+            ),
             cu_seqlens=cu_seqlens,
             parents=parents_t,
             position_ids=position_ids,
             subtree_end=subtree_end,
+            query_rows=torch.arange(total, device=device),
             sequence_leaves=torch.from_numpy(leaves.astype(np.int32)),
             num_groups=int((parents < 0).sum()),
+            max_length=int((depths + lengths).max(initial=0)),
         )
 
     def to(self, device: torch.device | str) -> PrefixLayout:
         """Returns the same layout with its tensors on `device`."""
-        return PrefixLayout(
-            segments=self.segments,
+        return replace(
+            self,
             cu_seqlens=self.cu_seqlens.to(device),
             parents=self.parents.to(device),
             position_ids=self.position_ids.to(device),
             subtree_end=self.subtree_end.to(device),
-            sequence_leaves=self.sequence_leaves,
-            num_groups=self.num_groups,
+            query_rows=self.query_rows.to(device),
         )
+
+    def queries_for(self, segments: Sequence[int] | Tensor) -> PrefixLayout:
+        """Returns the layout with queries for some segments only; keys and values stay for all.
+
+        For cached prefixes, and for groups whose members are run in several micro-batches: q and
+        the output then have `num_queries` rows, those of `query_rows`.
+
+        Args:
+            segments: indices of segments, in any order.
+
+        Raises:
+            ValueError: if an index is not that of a segment.
+
+        Example:
+            >>> layout = PrefixLayout.from_lengths([3], [[2, 1]]).queries_for([1, 2])
+            >>> layout.num_tokens, layout.query_rows.tolist()
+            (6, [3, 4, 5])
+        """
+        chosen = _int_array("segments", segments)
+        beyond = chosen[chosen >= self.num_segments]
+        if beyond.size:
+            raise ValueError(
+                f"segments must be less than {self.num_segments}, the number of segments, got "
+                f"{beyond[0]}"
+            )
+        table = self.segments.clone()
+        table[2] = 0
+        table[2, torch.from_numpy(chosen)] = 1
+        is_query = torch.repeat_interleave(table[2], table[0]).nonzero()[:, 0]
+        return replace(self, segments=table, query_rows=is_query.to(self.device))
 
     # ---- counts ---------------------------------------------------------------------------------
 
@@ -281,6 +319,11 @@ class PrefixLayout:
     def num_tokens(self) -> int:
         """T, rows on the packed axis."""
         return self.subtree_end.shape[0]
+
+    @property
+    def num_queries(self) -> int:
+        """Tq, rows of q and of the output: T, but for layouts made by `queries_for`."""
+        return self.query_rows.shape[0]
 
     @property
     def num_segments(self) -> int:
@@ -303,11 +346,14 @@ class PrefixLayout:
 
         Counts the allowed (query, key) pairs of each sequence run whole, over those of the layout.
         """
-        whole = self._sequence_lengths
-        lengths, parents = self.segments.numpy().astype(np.int64)
-        before = _depths(parents, lengths)
-        shared = (lengths * before + lengths * (lengths + 1) // 2).sum()
-        return float((whole * (whole + 1) // 2).sum() / shared) if shared else 1.0
+        lengths, parents, has_queries = self.segments.numpy().astype(np.int64)
+        copies = np.bincount(self.sequence_leaves.numpy(), minlength=len(lengths)).tolist()
+        for i, parent in reversed(list(enumerate(parents.tolist()))):
+            if parent >= 0:
+                copies[parent] += copies[i]
+        before = depths_of(parents, lengths)
+        pairs = has_queries * (lengths * before + lengths * (lengths + 1) // 2)
+        return float((pairs * copies).sum() / pairs.sum()) if pairs.any() else 1.0
 
     # ---- moving data ----------------------------------------------------------------------------
 
@@ -364,17 +410,34 @@ class PrefixLayout:
 
     # ---- the attention rule ---------------------------------------------------------------------
 
-    def materialize(self) -> Tensor:
-        """The dense (T, T) bool mask, True where row attends column: slow, for tests."""
-        rows = torch.arange(self.num_tokens, device=self.subtree_end.device)
-        return (rows[None, :] <= rows[:, None]) & (rows[:, None] < self.subtree_end[None, :])
+    def materialize(self, *, window_size: int | None = None, prefix_causal: bool = True) -> Tensor:
+        """The dense (Tq, T) bool mask, True where query attends key: slow, for tests."""
+        keep = self.mask_mod(window_size=window_size, prefix_causal=prefix_causal)
+        queries = torch.arange(self.num_queries, device=self.device)
+        keys = torch.arange(self.num_tokens, device=self.device)
+        none = queries[:0]
+        return keep(none, none, queries[:, None], keys[None, :])
 
-    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The same rule as a `mask_mod` for `torch.nn.attention.flex_attention`."""
-        subtree_end = self.subtree_end
+    def mask_mod(
+        self, *, window_size: int | None = None, prefix_causal: bool = True
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The same rule as a `mask_mod` for `torch.nn.attention.flex_attention`.
+
+        Args:
+            window_size: a query sees this many positions, its own included.
+            prefix_causal: False lets the rows of a segment that others continue see all of it.
+        """
+        subtree_end, position = self.subtree_end, self.position_ids
+        rows = self.query_rows if self.num_queries < self.num_tokens else None
+        seen_from = None if prefix_causal else self._seen_from
 
         def shared_prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (kv_idx <= q_idx) & (q_idx < subtree_end[kv_idx])
+            row = q_idx if rows is None else rows[q_idx]
+            first = kv_idx if seen_from is None else seen_from[kv_idx]
+            keep = (first <= row) & (row < subtree_end[kv_idx])
+            if window_size is not None:
+                keep = keep & (position[row] - position[kv_idx] < window_size)
+            return keep
 
         return shared_prefix
 
@@ -403,12 +466,12 @@ class PrefixLayout:
 
     @cached_property
     def _sequence_lengths(self) -> np.ndarray:
-        lengths, parents = self.segments.numpy().astype(np.int64)
-        return (_depths(parents, lengths) + lengths)[self.sequence_leaves.numpy()]
+        lengths, parents, _ = self.segments.numpy().astype(np.int64)
+        return (depths_of(parents, lengths) + lengths)[self.sequence_leaves.numpy()]
 
     @cached_property
     def _path_rows(self) -> list[np.ndarray]:
-        lengths, parents = self.segments.numpy().astype(np.int64)
+        lengths, parents, _ = self.segments.numpy().astype(np.int64)
         starts = np.cumsum(lengths) - lengths
         rows = []
         for leaf in self.sequence_leaves.tolist():
@@ -418,6 +481,17 @@ class PrefixLayout:
                 leaf = int(parents[leaf])
             rows.append(np.concatenate(path[::-1]))
         return rows
+
+    @cached_property
+    def _seen_from(self) -> Tensor:
+        """(T,) int64, the first row that sees each key where prefixes are bidirectional."""
+        lengths, parents, _ = self.segments.numpy().astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        continued = np.zeros(len(lengths), dtype=bool)
+        continued[parents[parents >= 0]] = True
+        start = np.repeat(starts, lengths)
+        own = np.arange(self.num_tokens)
+        return torch.from_numpy(np.where(np.repeat(continued, lengths), start, own)).to(self.device)
 
     @cached_property
     def _all_rows(self) -> Tensor:
@@ -431,7 +505,7 @@ class PrefixLayout:
 
     @cached_property
     def _label_rows(self) -> tuple[Tensor, Tensor]:
-        lengths, parents = self.segments.numpy().astype(np.int64)
+        lengths, parents, _ = self.segments.numpy().astype(np.int64)
         ends = np.cumsum(lengths)
         # The nearest ancestor that is not empty holds the predecessor of a segment's first token.
         ancestor = parents.copy()
@@ -496,7 +570,7 @@ def _check_depth_first(parents: np.ndarray) -> None:
         path.append(i)
 
 
-def _depths(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def depths_of(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Tokens on the path above each segment."""
     sizes = lengths.tolist()
     depths: list[int] = []

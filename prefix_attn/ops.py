@@ -1,6 +1,6 @@
 """The operators that PyTorch sees: `torch.library` schemas and fakes, and the autograd function.
 
-The layout travels as one small tensor on the CPU, (2, S) lengths and parents. It is data, not
+The layout travels as one small tensor on the CPU, `PrefixLayout.segments`. It is data, not
 structure: graphs do not recompile when lengths change, and an operator means the same in a compiled
 graph, under checkpointing and in another process.
 """
@@ -14,38 +14,62 @@ import torch
 from torch import Tensor
 
 from prefix_attn import cpu, triton_backend
+from prefix_attn.kernels.options import Options
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu}
 
 torch.library.define(
     "prefix_attn::forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor segments, float scale, str backend)"
-    " -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor segments, float scale, float? softcap,"
+    " int? window_size, bool prefix_causal, str backend) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "prefix_attn::backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
-    " Tensor segments, float scale, str backend) -> (Tensor dq, Tensor dk, Tensor dv)",
+    " Tensor? sinks, Tensor segments, float scale, float? softcap, int? window_size,"
+    " bool prefix_causal, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl("prefix_attn::forward", "default")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tokens = int(segments[0].sum())
-    if tokens != q.shape[0]:
-        raise ValueError(f"the layout has {tokens} tokens, q has {q.shape[0]}")
+    lengths, _, has_queries = segments
+    for name, x, rows in (("q", q, (lengths * has_queries).sum()), ("k", k, lengths.sum())):
+        if x.shape[0] != int(rows):
+            raise ValueError(f"the layout has {int(rows)} rows of {name}, got {tuple(x.shape)}")
+    options = Options(scale, softcap, window_size, prefix_causal)
     if q.numel() == 0:
-        return _fake_forward(q, k, v, segments, scale, backend)
-    return BACKENDS[backend].forward(q, k, v, segments, scale)
+        return _fake_forward(
+            q, k, v, sinks, segments, scale, softcap, window_size, prefix_causal, backend
+        )
+    return BACKENDS[backend].forward(q, k, v, sinks, segments, options)
 
 
 @torch.library.register_fake("prefix_attn::forward")
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return (
@@ -63,13 +87,22 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    sinks: Tensor | None,
     segments: Tensor,
     scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if q.numel() == 0:
-        return _fake_backward(dout, q, k, v, out, lse, dlse, segments, scale, backend)
-    return BACKENDS[backend].backward(dout, q, k, v, out, lse, dlse, segments, scale)
+        dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
+    options = Options(scale, softcap, window_size, prefix_causal)
+    dq, dk, dv, dsinks = BACKENDS[backend].backward(
+        dout, q, k, v, out, lse, dlse, sinks, segments, options
+    )
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("prefix_attn::backward")
@@ -81,11 +114,16 @@ def _fake_backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    sinks: Tensor | None,
     segments: Tensor,
     scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 class PrefixAttentionBackward(torch.autograd.Function):
@@ -104,12 +142,17 @@ class PrefixAttentionBackward(torch.autograd.Function):
         out: Tensor,
         lse: Tensor,
         dlse: Tensor | None,
+        sinks: Tensor | None,
         segments: Tensor,
         scale: float,
+        softcap: float | None,
+        window_size: int | None,
+        prefix_causal: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        options = (scale, softcap, window_size, prefix_causal, backend)
         return torch.ops.prefix_attn.backward(
-            dout, q, k, v, out, lse, dlse, segments, scale, backend
+            dout, q, k, v, out, lse, dlse, sinks, segments, *options
         )
 
     @staticmethod
@@ -124,29 +167,40 @@ class PrefixAttentionBackward(torch.autograd.Function):
 
 
 class PrefixAttention(torch.autograd.Function):
-    """Binds the two operators: `(q, k, v, segments, scale, backend) -> (out, lse)`."""
+    """Binds the two operators; arguments and results are those of `prefix_attn::forward`."""
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float, backend: str
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        segments: Tensor,
+        scale: float,
+        softcap: float | None,
+        window_size: int | None,
+        prefix_causal: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.prefix_attn.forward(q, k, v, segments, scale, backend)
+        options = (scale, softcap, window_size, prefix_causal, backend)
+        return torch.ops.prefix_attn.forward(q, k, v, sinks, segments, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, segments, scale, backend = inputs
-        ctx.save_for_backward(q, k, v, *output, segments)
-        ctx.scale, ctx.backend = scale, backend
+        q, k, v, sinks, segments, *options = inputs
+        ctx.save_for_backward(q, k, v, sinks, *output, segments)
+        ctx.options = options
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, segments = ctx.saved_tensors
+        q, k, v, sinks, out, lse, segments = ctx.saved_tensors
+        rest = (None,) * (1 + len(ctx.options))
         if dout is None and dlse is None:
-            return (None,) * 6
+            return (None, None, None, None, *rest)
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = PrefixAttentionBackward.apply(
-            dout, q, k, v, out, lse, dlse, segments, ctx.scale, ctx.backend
+        *grads, dsinks = PrefixAttentionBackward.apply(
+            dout, q, k, v, out, lse, dlse, sinks, segments, *ctx.options
         )
-        return (*grads, None, None, None)
+        return (*grads, None if sinks is None else dsinks, *rest)

@@ -18,21 +18,23 @@ def reference_attention(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention under the dense mask of a layout, in float32 or better.
 
     Args:
-        q: (T, Hq, D).
+        q: (Tq, Hq, D).
         k: (T, Hkv, D).
         v: (T, Hkv, DV).
-        layout: of T tokens.
+        layout: of T tokens, Tq of them queries.
         scale: factor of the scores.
         window_size: a query sees this many positions, its own included.
         softcap: scores s become softcap * tanh(s / softcap).
         sinks: (Hq,), one more logit in each softmax denominator.
+        prefix_causal: False lets the rows of a segment that others continue see all of it.
 
     Returns:
-        out (T, Hq, DV) in the dtype of q, and lse (Hq, T), natural log, sinks included.
+        out (Tq, Hq, DV) in the dtype of q, and lse (Hq, Tq), natural log, sinks included.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
@@ -40,10 +42,7 @@ def reference_attention(
     scores = torch.einsum("mhd,nhd->hmn", q.to(dtype), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    keep = layout.materialize()
-    if window_size is not None:
-        position = layout.position_ids
-        keep = keep & (position[:, None] - position[None, :] < window_size)
+    keep = layout.materialize(window_size=window_size, prefix_causal=prefix_causal)
     scores = scores.masked_fill(~keep, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     if sinks is not None:

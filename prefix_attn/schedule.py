@@ -4,6 +4,9 @@ A query tile visits keys, for the forward pass and dQ; a key tile is visited by 
 dV. Both cover every allowed (row, key) pair exactly once. A tile in which every pair is allowed is
 "full" and needs no mask; the kernels apply the attention rule to the others.
 
+A sliding window is counted in positions, which start anew at every fork, so there the rows that see
+a key are no range: tiles are listed one by one. Without a window most of a list is arithmetic.
+
 Work lists are sorted longest first, because hardware starts programs in grid order. The forward
 grid is (query tile, query head), the backward grid (entry of `backward_order`, KV head), the head
 running fastest in both.
@@ -12,12 +15,12 @@ running fastest in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from prefix_attn.layout import subtree_ends_of
+from prefix_attn.layout import depths_of, subtree_ends_of
 
 # In units of one full tile: what a masked tile costs, and what starting and ending an item costs.
 MASKED_COST = 1.3
@@ -35,36 +38,60 @@ CACHED_LAYOUTS = 64
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """The segments of a layout on the host, (S,) int64 each, in depth-first order.
+    """The segments of a layout on the host, (S,) each, in depth-first order, and who attends whom.
 
     A first child lies right behind its parent, so a path is a few contiguous runs of rows:
     `run_start` is where the run that a segment belongs to begins, `anchor` the segment above that
     run, or -1.
+
+    Attributes:
+        starts: first row of each segment.
+        ends: row behind its last.
+        parents: the segment that it continues, or -1.
+        subtree_ends: end of the rows of all its descendants.
+        depths: position of its first token.
+        run_start: see above.
+        anchor: see above.
+        has_queries: whether its rows are queries; they are keys in any case.
+        bidirectional: whether its rows see all of it, not only what lies before them.
+        window_size: positions that a query sees back from its own, its own included; None is all.
     """
 
     starts: np.ndarray
     ends: np.ndarray
     parents: np.ndarray
     subtree_ends: np.ndarray
+    depths: np.ndarray
     run_start: np.ndarray
     anchor: np.ndarray
+    has_queries: np.ndarray
+    bidirectional: np.ndarray
+    window_size: int | None
 
     @classmethod
-    def from_segments(cls, lengths: np.ndarray, parents: np.ndarray) -> Forest:
-        """Derives rows and runs from (S,) lengths and parents."""
-        lengths, parents = lengths.astype(np.int64), parents.astype(np.int64)
+    def from_segments(
+        cls, segments: np.ndarray, *, window_size: int | None = None, prefix_causal: bool = True
+    ) -> Forest:
+        """Derives rows and runs from (3, S) lengths, parents and whether rows are queries."""
+        lengths, parents, has_queries = segments.astype(np.int64)
         ends = np.cumsum(lengths)
         starts = ends - lengths
         run_start, anchor = starts.tolist(), parents.tolist()
         for i in np.flatnonzero((parents >= 0) & (starts == ends[parents])).tolist():
             run_start[i], anchor[i] = run_start[parents[i]], anchor[parents[i]]
+        continued = np.zeros(len(lengths), dtype=bool)
+        continued[parents[parents >= 0]] = True
         return cls(
             starts=starts,
             ends=ends,
             parents=parents,
             subtree_ends=subtree_ends_of(parents, ends),
+            depths=depths_of(parents, lengths),
             run_start=np.array(run_start, dtype=np.int64),
             anchor=np.array(anchor, dtype=np.int64),
+            has_queries=has_queries.astype(bool),
+            bidirectional=continued & (not prefix_causal),
+            window_size=window_size,
         )
 
     @property
@@ -72,15 +99,47 @@ class Forest:
         """T, rows on the packed axis."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    @cached_property
     def row_subtree_ends(self) -> np.ndarray:
-        """(T,) int64, end of the subtree of each row's segment."""
+        """(T,) int64, end of the subtree of each row's segment: the end of the rows that see it."""
         return np.repeat(self.subtree_ends, self.ends - self.starts)
+
+    @cached_property
+    def row_seen_from(self) -> np.ndarray:
+        """(T,) int64, the first row that sees each key."""
+        rows = np.arange(self.num_tokens)
+        start = np.repeat(self.starts, self.ends - self.starts)
+        return np.where(np.repeat(self.bidirectional, self.ends - self.starts), start, rows)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """(T,) int64, depth of each row along its path."""
+        return np.arange(self.num_tokens) + np.repeat(
+            self.depths - self.starts, self.ends - self.starts
+        )
+
+    @cached_property
+    def query_rows(self) -> np.ndarray:
+        """(Tq,) int64, the packed row of each query."""
+        return np.flatnonzero(np.repeat(self.has_queries, self.ends - self.starts))
+
+    @cached_property
+    def queries_before(self) -> np.ndarray:
+        """(T + 1,) int64, how many queries lie before each row."""
+        is_query = np.repeat(self.has_queries, self.ends - self.starts)
+        return np.concatenate([[0], np.cumsum(is_query)])
+
+    def segment_of(self, rows: np.ndarray) -> np.ndarray:
+        """The segments that hold some packed rows."""
+        filled = np.flatnonzero(self.ends > self.starts)
+        return filled[np.searchsorted(self.starts[filled], rows, side="right") - 1]
 
 
 @lru_cache(CACHED_LAYOUTS)
-def forest_of(content: bytes) -> Forest:
+def forest_of(content: bytes, window_size: int | None = None, prefix_causal: bool = True) -> Forest:
     """The forest of a layout's `segments`, given as bytes: derived once, not once per layer."""
-    return Forest.from_segments(*np.frombuffer(content, dtype=np.int32).reshape(2, -1))
+    segments = np.frombuffer(content, dtype=np.int32).reshape(3, -1)
+    return Forest.from_segments(segments, window_size=window_size, prefix_causal=prefix_causal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +147,10 @@ class QueryTiles:
     """Work list of query tiles.
 
     Attributes:
-        items: (n, 8) int32, longest first: row0, row1, list0, num_listed, own0, num_own, masked0,
-            num_masked. Rows [row0, row1) visit in full the key tiles at
-            `columns[list0 : list0 + num_listed]` and num_own tiles from key own0 on, then, masked,
-            `masked[masked0 : masked0 + num_masked]`.
+        items: (n, 9) int32, longest first: row0, row1, query0, list0, num_listed, own0, num_own,
+            masked0, num_masked. Rows [row0, row1) are the queries from query0 on. They visit in
+            full the key tiles at `columns[list0 : list0 + num_listed]` and num_own tiles from key
+            own0 on, then, masked, `masked[masked0 : masked0 + num_masked]`.
         columns: (m,) int32, first keys of full tiles; tiles below one ancestor share their list.
         masked: (k, 2) int32, first key and end of each masked tile.
         costs: (n,) float64, in full tiles.
@@ -104,21 +163,47 @@ class QueryTiles:
 
     @classmethod
     def from_forest(cls, forest: Forest, block_m: int, block_n: int) -> QueryTiles:
-        """Cuts the rows into tiles of block_m, whatever segments they span.
+        """Cuts the rows into tiles of block_m, whatever segments they span, but not across a gap.
+
+        A gap is made of rows that are no queries.
+        """
+        rows = forest.query_rows
+        # Each run of neighbouring queries starts tiles of its own.
+        cuts = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
+        query0 = _arange_between(np.append(cuts, len(rows)), block_m)
+        query1 = np.append(query0[1:], len(rows))
+        row0 = rows[query0]
+        row1 = row0 + query1 - query0
+        items = np.zeros((len(row0), 9), dtype=np.int64)
+        items[:, 0], items[:, 1], items[:, 2] = row0, row1, query0
+        fill = cls._fill_ranges if forest.window_size is None else cls._fill_window
+        columns, masked = fill(forest, items, block_n)
+        costs = ITEM_COST + items[:, 4] + items[:, 6] + MASKED_COST * items[:, 8]
+        order = np.argsort(-costs, kind="stable")
+        return cls(
+            items=items[order].astype(np.int32),
+            columns=columns.astype(np.int32),
+            masked=masked.astype(np.int32).reshape(-1, 2),
+            costs=costs[order],
+        )
+
+    @staticmethod
+    def _fill_ranges(
+        forest: Forest, items: np.ndarray, block_n: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Completes the items without a window; returns columns and masked.
 
         Every key before a tile lies on the path of its first segment, since any other segment of
         the tile starts inside it or hangs below that path. Keys of the segments that all rows
         continue are the first ones on that path, and are visited in full.
         """
-        total = forest.num_tokens
-        row0 = np.arange(0, total, block_m, dtype=np.int64)
-        filled = np.flatnonzero(forest.ends > forest.starts)
-        first = filled[np.searchsorted(forest.starts[filled], row0, side="right") - 1]
-        ends, run_start, anchor = (
-            x.tolist() for x in (forest.ends, forest.run_start, forest.anchor)
-        )
-        parents, subtree_ends = forest.parents.tolist(), forest.subtree_ends.tolist()
-
+        ends, run_start, anchor, parents, subtree_ends = (
+            x.tolist()
+            for x in (
+                forest.ends, forest.run_start, forest.anchor, forest.parents, forest.subtree_ends
+            )
+        )  # fmt: skip
+        bidirectional = forest.bidirectional.tolist()
         columns: list[int] = []
         # Per anchor: where its list of full tiles lies in `columns`, and its masked tails.
         lists: dict[int, tuple[int, int, list[tuple[int, int]]]] = {-1: (0, 0, [])}
@@ -138,10 +223,11 @@ class QueryTiles:
                 lists[node] = (begin, above_count + count, tails)
             return lists[node]
 
-        items = np.zeros((len(row0), 8), dtype=np.int32)
         masked: list[tuple[int, int]] = []
-        for tile, (low, segment) in enumerate(zip(row0.tolist(), first.tolist(), strict=True)):
-            high = min(low + block_m, total)
+        first = forest.segment_of(items[:, 0]).tolist()
+        last = forest.segment_of(items[:, 1] - 1).tolist()
+        bounds = items[:, :2].tolist()
+        for tile, ((low, high), segment, final) in enumerate(zip(bounds, first, last, strict=True)):
             shared = segment
             while shared >= 0 and subtree_ends[shared] < high:
                 shared = parents[shared]
@@ -150,10 +236,11 @@ class QueryTiles:
             own0 = full_end = 0
             if shared >= 0:
                 list0, num_listed, tails = path_list(anchor[shared])
-                own0, full_end = run_start[shared], min(ends[shared], low)
+                own0 = run_start[shared]
+                full_end = ends[shared] if bidirectional[shared] else min(ends[shared], low)
             num_own = max(0, full_end - own0) // block_n
             ragged = list(tails)
-            node, end = segment, high
+            node, end = segment, ends[final] if bidirectional[final] else high
             while node != (anchor[shared] if shared >= 0 else -1):
                 start = run_start[node]
                 ragged.append((start + num_own * block_n if start == own0 else start, end))
@@ -164,35 +251,44 @@ class QueryTiles:
                 for start, end in ragged
                 for col in range(start, end, block_n)
             ]
-            items[tile] = (
-                low, high, list0, num_listed, own0, num_own, len(masked), len(pieces),
-            )  # fmt: skip
+            items[tile, 3:] = list0, num_listed, own0, num_own, len(masked), len(pieces)
             masked += pieces
-        costs = ITEM_COST + items[:, 3] + items[:, 5] + MASKED_COST * items[:, 7]
-        order = np.argsort(-costs, kind="stable")
-        return cls(
-            items=items[order],
-            columns=np.array(columns, dtype=np.int32),
-            masked=np.array(masked, dtype=np.int32).reshape(-1, 2),
-            costs=costs[order],
-        )
+        return np.array(columns, dtype=np.int64), np.array(masked, dtype=np.int64)
+
+    @staticmethod
+    def _fill_window(
+        forest: Forest, items: np.ndarray, block_n: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Completes the items under a window; returns columns and masked."""
+        col0, col1 = _key_cuts(forest, block_n)
+        query1 = items[:, 2] + items[:, 1] - items[:, 0]
+        tile, key_tile, full = _window_pairs(forest, items[:, 2], query1, col0, col1)
+        full &= (col1 - col0)[key_tile] == block_n
+        for kind, field in ((full, 3), (~full, 7)):
+            count = np.bincount(tile[kind], minlength=len(items))
+            items[:, field], items[:, field + 1] = np.cumsum(count) - count, count
+        part = key_tile[~full]
+        return col0[key_tile[full]], np.stack([col0[part], col1[part]], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class KeyTiles:
-    """Work list of key tiles, each visited by one contiguous range of query rows.
+    """Work list of key tiles, and the query tiles that visit them.
 
     Attributes:
         items: (n, 9) int32, longest first: col0, col1, full0, num_full, before0, num_before,
-            after0, num_after, slot. Keys [col0, col1) are visited in full by num_full row tiles
-            from row full0 on, and masked by those from before0 and after0 on. slot is -1 where the
-            item alone owns its keys, else the index of its partial sum.
+            after0, num_after, slot. Keys [col0, col1) are visited in full by num_full tiles of
+            queries from query full0 on, and masked by those from before0 and after0 on. Under a
+            window full0 and before0 are places in `rows`, and num_after is 0. slot is -1 where
+            the item alone owns its keys, else the index of its partial sum.
+        rows: (k,) int32, under a window the first queries of the tiles, else empty.
         splits: (s, 4) int32, for each tile that was split: col0, col1, first slot, end slot.
         num_slots: partial sums in all.
         costs: (n,) float64, in full tiles of one query head.
     """
 
     items: np.ndarray
+    rows: np.ndarray
     splits: np.ndarray
     num_slots: int
     costs: np.ndarray
@@ -201,53 +297,39 @@ class KeyTiles:
     def from_forest(
         cls, forest: Forest, block_m: int, block_n: int, max_chunk: int | None = None
     ) -> KeyTiles:
-        """Cuts the keys into tiles of at most block_n, and their row ranges into chunks.
-
-        Segments that others continue and that fill a tile start a tile of their own: otherwise
-        their last keys would drag the neighbour's keys over all rows of the subtree.
+        """Cuts the keys into tiles of at most block_n, and their query tiles into chunks.
 
         Args:
             forest: the segments.
-            block_m: rows in a row tile.
+            block_m: queries in a query tile.
             block_n: keys in a key tile.
-            max_chunk: row tiles in a chunk at most; None leaves every tile whole.
+            max_chunk: query tiles in a chunk at most; None leaves every tile whole.
         """
-        total = forest.num_tokens
-        broad = (forest.subtree_ends > forest.ends) & (forest.ends - forest.starts >= block_n)
-        cuts = np.unique(np.concatenate([[0, total], forest.starts[broad], forest.ends[broad]]))
-        col0 = np.concatenate(
-            [np.arange(a, b, block_n) for a, b in pairwise(cuts)] or [np.empty(0, dtype=np.int64)]
-        ).astype(np.int64)
-        if not len(col0):
-            empty = np.empty((0, 9), dtype=np.int32)
-            return cls(empty, np.empty((0, 4), dtype=np.int32), 0, np.empty(0))
-        col1 = np.append(col0[1:], total)
-        row_ends = forest.row_subtree_ends()
-        all_end = np.minimum.reduceat(row_ends, col0)  # rows before this see every key
-        any_end = np.maximum.reduceat(row_ends, col0)  # rows from this on see none
-        diagonal = -(-(col1 - col0) // block_m)
-        num_full = np.maximum(0, (all_end - col0) // block_m - diagonal)
-        num_rows = -(-(any_end - col0) // block_m)
-        num_before = np.where(num_full > 0, diagonal, num_rows)
-
-        # Row tile j of a key tile starts at col0 + j * block_m; a chunk owns tiles [low, high).
-        chunks = np.ones_like(num_rows) if max_chunk is None else -(-num_rows // max_chunk)
+        col0, col1 = _key_cuts(forest, block_n)
+        fill = cls._fill_ranges if forest.window_size is None else cls._fill_window
+        begins, counts, rows = fill(forest, block_m, col0, col1)
+        # Chunk i of a tile owns those of its query tiles that are numbered [low, high).
+        total = counts.sum(1)
+        chunks = np.ones_like(total) if max_chunk is None else np.maximum(1, -(-total // max_chunk))
         tile = np.repeat(np.arange(len(col0)), chunks)
         first = np.cumsum(chunks) - chunks
         index = np.arange(len(tile)) - first[tile]
-        low = index * num_rows[tile] // chunks[tile]
-        high = (index + 1) * num_rows[tile] // chunks[tile]
-        full_begin, full_stop = num_before[tile], (num_before + num_full)[tile]
+        low = index * total[tile] // chunks[tile]
+        high = (index + 1) * total[tile] // chunks[tile]
 
         split = chunks[tile] > 1
         slot = np.where(split, np.cumsum(split) - 1, -1)
         items = np.zeros((len(tile), 9), dtype=np.int64)
         items[:, 0], items[:, 1], items[:, 8] = col0[tile], col1[tile], slot
-        parts = ((full_begin, full_stop), (0, full_begin), (full_stop, num_rows[tile]))
-        for field, (begin, stop) in zip((2, 4, 6), parts, strict=True):
-            begin, stop = np.maximum(begin, low), np.minimum(stop, high)
-            items[:, field] = col0[tile] + begin * block_m
+        step = block_m if forest.window_size is None else 1
+        # Before, full and after follow each other in this numbering.
+        number = np.zeros_like(low)
+        for part, field in enumerate((4, 2, 6)):
+            begin = np.maximum(number, low)
+            stop = np.minimum(number + counts[tile, part], high)
+            items[:, field] = begins[tile, part] + (begin - number) * step
             items[:, field + 1] = np.maximum(0, stop - begin)
+            number = number + counts[tile, part]
         owners = np.flatnonzero(chunks > 1)
         stops = np.cumsum(chunks[owners])
         splits = np.stack([col0[owners], col1[owners], stops - chunks[owners], stops], axis=1)
@@ -255,10 +337,139 @@ class KeyTiles:
         order = np.argsort(-costs, kind="stable")
         return cls(
             items=items[order].astype(np.int32),
+            rows=rows.astype(np.int32),
             splits=splits.astype(np.int32),
             num_slots=int(split.sum()),
             costs=costs[order],
         )
+
+    @staticmethod
+    def _fill_ranges(
+        forest: Forest, block_m: int, col0: np.ndarray, col1: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the query tiles before, full and after begin, their (n, 3) counts, and no list.
+
+        One contiguous range of rows sees a key: query tile j of a key tile starts block_m * j
+        behind the first of them.
+        """
+        every, some = _seen_by_all(forest, col0), _seen_by_any(forest, col0)
+        before = forest.queries_before
+        begin = before[some[0]]
+        to_full = -(-(before[every[0]] - begin) // block_m)
+        num_full = np.maximum(0, (before[every[1]] - begin) // block_m - to_full)
+        total = -(-(before[some[1]] - begin) // block_m)
+        num_before = np.where(num_full > 0, to_full, total)
+        counts = np.stack([num_before, num_full, total - num_before - num_full], axis=1)
+        begins = begin[:, None] + (np.cumsum(counts, axis=1) - counts) * block_m
+        return begins, counts, np.empty(0)
+
+    @staticmethod
+    def _fill_window(
+        forest: Forest, block_m: int, col0: np.ndarray, col1: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, as places in a list of query tiles, and that list."""
+        query0 = np.arange(0, len(forest.query_rows), block_m)
+        query1 = np.minimum(query0 + block_m, len(forest.query_rows))
+        row_tile, tile, full = _window_pairs(forest, query0, query1, col0, col1)
+        full &= (query1 - query0)[row_tile] == block_m
+        order = np.lexsort((row_tile, full, tile))
+        counts = np.zeros((len(col0), 3), dtype=np.int64)
+        counts[:, 0] = np.bincount(tile[~full], minlength=len(col0))
+        counts[:, 1] = np.bincount(tile[full], minlength=len(col0))
+        places = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+        return places, counts, query0[row_tile[order]]
+
+
+def _arange_between(cuts: np.ndarray, step: int) -> np.ndarray:
+    """Numbers from each cut to the next, `step` apart: (n,) int64."""
+    pieces = [np.arange(a, b, step, dtype=np.int64) for a, b in pairwise(cuts.tolist())]
+    return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+
+def _key_cuts(forest: Forest, block_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """First key and end of key tiles.
+
+    Segments that others continue and that fill a tile start a tile of their own: otherwise their
+    last keys would drag the neighbour's keys over all rows of the subtree.
+    """
+    broad = (forest.subtree_ends > forest.ends) & (forest.ends - forest.starts >= block_n)
+    ends = [[0, forest.num_tokens], forest.starts[broad], forest.ends[broad]]
+    col0 = _arange_between(np.unique(np.concatenate(ends)), block_n)
+    return col0, np.append(col0[1:], forest.num_tokens)[: len(col0)]
+
+
+def _seen_by_all(forest: Forest, col0: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The range of rows, for each key tile, that see every key of it (empty if none does)."""
+    return _reduce(np.maximum, forest.row_seen_from, col0), _reduce(
+        np.minimum, forest.row_subtree_ends, col0
+    )
+
+
+def _seen_by_any(forest: Forest, col0: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest range of rows, for each key tile, outside of which none sees a key of it."""
+    return _reduce(np.minimum, forest.row_seen_from, col0), _reduce(
+        np.maximum, forest.row_subtree_ends, col0
+    )
+
+
+def _reduce(function: np.ufunc, values: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """`function` over the values from each begin to the next."""
+    return function.reduceat(values, begins) if len(begins) else values[:0]
+
+
+def _window_pairs(
+    forest: Forest, query0: np.ndarray, query1: np.ndarray, col0: np.ndarray, col1: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of a query tile and a key tile in which some pair is allowed.
+
+    Args:
+        forest: the segments; it has a window.
+        query0: (n,) first query of each query tile, ascending.
+        query1: (n,) its end.
+        col0: (m,) first key of each key tile, ascending.
+        col1: (m,) its end.
+
+    Returns:
+        Query tile, key tile, and whether every pair in them is allowed, sorted by query tile.
+    """
+    rows, positions, window = forest.query_rows, forest.positions, forest.window_size or 0
+    if not len(rows):
+        return col0[:0], col0[:0], np.empty(0, dtype=bool)
+    # The queries of one tile and one segment see, on each run of their path, one range of keys.
+    segment_begins = forest.queries_before[forest.starts[forest.has_queries]]
+    begin = np.unique(np.concatenate([query0, segment_begins[segment_begins < len(rows)]]))
+    length = np.append(begin[1:], len(rows)) - begin
+    tile = (np.searchsorted(query0, begin, side="right") - 1).tolist()
+    segment = forest.segment_of(rows[begin])
+    stop = np.where(forest.bidirectional[segment], forest.ends[segment], rows[begin] + length)
+    least = (positions[rows[begin]] - window + 1).tolist()
+    ends, anchor, run_start = (x.tolist() for x in (forest.ends, forest.anchor, forest.run_start))
+    run_depth = (forest.depths - forest.starts + forest.run_start).tolist()
+    ranges: list[tuple[int, int, int]] = []
+    for piece, (node, end) in enumerate(zip(segment.tolist(), stop.tolist(), strict=True)):
+        while node >= 0:
+            outside = max(0, least[piece] - run_depth[node])
+            if run_start[node] + outside < end:
+                ranges.append((tile[piece], run_start[node] + outside, end))
+            if outside:
+                break
+            node = anchor[node]
+            end = ends[node]
+    range_tile, key0, key1 = np.array(ranges, dtype=np.int64).T
+    first = np.searchsorted(col0, key0, side="right") - 1
+    count = np.searchsorted(col0, key1 - 1, side="right") - first
+    key_tile = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+    pairs = np.unique(np.repeat(range_tile, count) * len(col0) + key_tile)
+    row_tile, key_tile = np.divmod(pairs, len(col0))
+
+    every = _seen_by_all(forest, col0)
+    last = _reduce(np.maximum, positions[rows], query0)[row_tile]
+    full = (
+        (every[0][key_tile] <= rows[query0][row_tile])
+        & (rows[query1 - 1][row_tile] < every[1][key_tile])
+        & (last - _reduce(np.minimum, positions, col0)[key_tile] < window)
+    )
+    return row_tile, key_tile, full
 
 
 def balanced_key_tiles(

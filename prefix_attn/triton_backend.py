@@ -5,9 +5,10 @@ Imported only where it is used: `import prefix_attn` needs no Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +20,24 @@ if TYPE_CHECKING:
     from prefix_attn.kernels.backward import BackwardTables
     from prefix_attn.kernels.config import Config, Tile
     from prefix_attn.kernels.forward import ForwardTables
+    from prefix_attn.kernels.options import Options
 
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """out (T, Hq, DV) and lse (Hq, T) of packed q, k, v under the layout of `segments`."""
+    """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
     from prefix_attn.kernels.forward import launch_forward
 
     q, k, v = (_addressable(x) for x in (q, k, v))
+    sinks = None if sinks is None else sinks.contiguous()
     config = _config(q, v)
-    tables = _forward_tables(_key(segments), config.forward, q.device)
+    tables = _forward_tables(_key(segments, options), config.forward, q.device)
     with _current(q):
-        return launch_forward(q, k, v, tables, scale, config)
+        return launch_forward(q, k, v, sinks, tables, options, config)
 
 
 def backward(
@@ -45,25 +48,26 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    sinks: Tensor | None,
     segments: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; the gradient of a prefix is summed over its members and query heads."""
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
     from prefix_attn.kernels.backward import launch_backward
 
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
     config = _config(q, v)
     tables = _backward_tables(
-        _key(segments), config, k.shape[1], q.shape[1] // k.shape[1], q.device
+        _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], q.device
     )
     lse = lse.contiguous()
     with _current(q):
-        return launch_backward(dout, q, k, v, out, lse, dlse, tables, scale, config)
+        return launch_backward(dout, q, k, v, out, lse, dlse, sinks, tables, options, config)
 
 
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why this backend can't serve tensors of a device and dtype, or None."""
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
+    """The reason why this backend can't serve a device, dtype and options in use, or None."""
     try:
         from prefix_attn.kernels.primitives import INTERPRETED
     except ImportError as error:
@@ -96,29 +100,44 @@ def _config(q: Tensor, v: Tensor) -> Config:
     properties = torch.cuda.get_device_properties(q.device)
     return select_config(
         capability=properties.major * 10 + properties.minor,
-        head_dim=max(q.shape[2], v.shape[2]),
+        head_dim=q.shape[2],
         dtype=q.dtype,
         processors=properties.multi_processor_count,
+        head_dim_v=v.shape[2],
     )
 
 
-def _key(segments: Tensor) -> bytes:
+class _Key(NamedTuple):
     """What work lists are cached by: the content of a layout, not the object that holds it."""
-    return segments.numpy().tobytes()
+
+    segments: bytes
+    window_size: int | None
+    prefix_causal: bool
+
+
+def _key(segments: Tensor, options: Options) -> _Key:
+    return _Key(segments.numpy().tobytes(), options.window_size, options.prefix_causal)
 
 
 @lru_cache(schedule.CACHED_LAYOUTS)
-def _subtree_end(key: bytes, device: torch.device) -> Tensor:
-    return _to(device, schedule.forest_of(key).row_subtree_ends())
+def _rule(key: _Key, device: torch.device) -> Tensor:
+    """The attention rule as kernels read it, see `ForwardTables`."""
+    forest = schedule.forest_of(*key)
+    rows = [forest.row_subtree_ends]
+    if not (key.window_size is None and key.prefix_causal and forest.has_queries.all()):
+        queries = np.zeros_like(forest.positions)
+        queries[: len(forest.query_rows)] = forest.query_rows
+        rows += [forest.row_seen_from, forest.positions, queries]
+    return _to(device, np.stack(rows))
 
 
 @lru_cache(schedule.CACHED_LAYOUTS)
-def _forward_tables(key: bytes, tile: Tile, device: torch.device) -> ForwardTables:
+def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTables:
     from prefix_attn.kernels.forward import ForwardTables
 
-    work = schedule.QueryTiles.from_forest(schedule.forest_of(key), tile.block_m, tile.block_n)
+    work = schedule.QueryTiles.from_forest(schedule.forest_of(*key), tile.block_m, tile.block_n)
     return ForwardTables(
-        subtree_end=_subtree_end(key, device),
+        rule=_rule(key, device),
         items=_to(device, work.items),
         columns=_to(device, work.columns),
         masked=_to(device, work.masked),
@@ -127,11 +146,11 @@ def _forward_tables(key: bytes, tile: Tile, device: torch.device) -> ForwardTabl
 
 @lru_cache(schedule.CACHED_LAYOUTS)
 def _backward_tables(
-    key: bytes, config: Config, heads: int, group: int, device: torch.device
+    key: _Key, config: Config, heads: int, group: int, device: torch.device
 ) -> BackwardTables:
     from prefix_attn.kernels.backward import BackwardTables
 
-    forest = schedule.forest_of(key)
+    forest = schedule.forest_of(*key)
     keys = schedule.balanced_key_tiles(
         forest,
         config.keys.block_m,
@@ -145,9 +164,10 @@ def _backward_tables(
     )
     order, _ = schedule.backward_order(keys, queries, config.keys.area, config.queries.area, group)
     return BackwardTables(
-        subtree_end=_subtree_end(key, device),
+        rule=_rule(key, device),
         order=_to(device, order),
         key_items=_to(device, keys.items),
+        rows=_to(device, keys.rows),
         splits=_to(device, keys.splits),
         num_slots=keys.num_slots,
         query_items=_to(device, queries.items),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -218,8 +219,7 @@ def test_triton_on_cpu_raises_with_every_reason() -> None:
     ("options", "named"),
     [
         ({"window_size": 3}, "window_size"),
-        ({"softcap": 5.0}, "softcap"),
-        ({"sinks": torch.zeros(4)}, "sinks"),
+        ({"softcap": 5.0, "sinks": torch.zeros(4)}, "softcap"),
         ({"window_size": 3, "softcap": 5.0}, "window_size, softcap"),
     ],
 )
@@ -228,7 +228,7 @@ def test_option_that_a_named_backend_lacks_raises(options: dict[str, Any], named
         call(backend="cpu", **options)
     message = str(error.value)
     assert "backend 'cpu' can't serve this call" in message
-    assert f"cpu: does not support {named} yet" in message
+    assert f"cpu: does not support {named}; reference: can" in message
     assert all(f"{name}: " in message for name in NAMES)
 
 
@@ -253,7 +253,9 @@ def test_auto_chooses_by_device_and_options() -> None:
     """CUDA is asked about by name: nothing here touches a driver."""
     assert choose_backend("auto", "cpu", torch.float32) == "cpu"
     assert choose_backend("auto", "cpu", torch.float64) == "cpu"
-    for option in ("window_size", "softcap", "sinks"):
+    for option in ("sinks", "prefix_causal=False"):
+        assert choose_backend("auto", "cpu", torch.float32, (option,)) == "cpu"
+    for option in ("window_size", "softcap"):
         assert choose_backend("auto", "cpu", torch.float32, (option,)) == "reference"
     pytest.importorskip("triton")
     assert choose_backend("auto", "cuda", torch.bfloat16) == "triton"
@@ -264,12 +266,13 @@ def test_auto_on_cpu_runs_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> No
     forward = cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda *args: calls.append(1) or forward(*args))
     call()
-    assert len(calls) == 1
+    call(sinks=torch.zeros(4))
+    call(prefix_causal=False)
+    assert len(calls) == 3
     call(window_size=2)
     call(softcap=2.0)
-    call(sinks=torch.zeros(4))
     call(backend="reference")
-    assert len(calls) == 1
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
@@ -285,7 +288,7 @@ def test_error_inside_a_backend_propagates(backend: str, monkeypatch: pytest.Mon
 
 
 def test_backend_that_cannot_serve_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "why_not", lambda device, dtype: "is switched off")
+    monkeypatch.setattr(cpu, "why_not", lambda device, dtype, options: "is switched off")
     with pytest.raises(NotImplementedError, match="cpu: is switched off; reference: can"):
         call(backend="cpu")
     assert choose_backend("auto", "cpu", torch.float32) == "reference"
@@ -311,8 +314,14 @@ def brute_force(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    prefix_causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One query, one head at a time over the rows of its sequence: no mask, no packing."""
+    bounds = layout.cu_seqlens.tolist()
+    own_end = {}  # of a row, in its sequence: where the segment ends, if others continue it
+    for segment, (start, end) in enumerate(pairwise(bounds)):
+        if segment in layout.parents.tolist():
+            own_end |= {row: end - row for row in range(start, end)}
     tokens, heads, head_dim = q.shape
     group = heads // k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -324,7 +333,8 @@ def brute_force(
             if out[row]:
                 continue  # shared, and equal in every sequence
             first = 0 if window_size is None else max(0, position - window_size + 1)
-            keys = rows[first : position + 1]
+            ahead = 1 if prefix_causal else own_end.get(row, 1)
+            keys = rows[first : position + ahead]
             for h in range(heads):
                 logits = (k[keys, h // group] * q[row, h]).sum(-1) * scale
                 if softcap is not None:
@@ -348,6 +358,8 @@ OPTIONS = {
     "window past the start": {"window_size": 99},
     "softcap": {"softcap": 0.8},
     "sinks": {"sinks": True},
+    "bidirectional prefix": {"prefix_causal": False},
+    "bidirectional prefix, window": {"prefix_causal": False, "window_size": 2},
     "all": {"scale": -0.4, "window_size": 3, "softcap": 1.5, "sinks": True},
 }
 
@@ -408,4 +420,6 @@ def test_window_counts_positions_not_rows() -> None:
 
 def test_sinks_of_minus_infinity_change_nothing() -> None:
     sinks = torch.full((4,), -float("inf"))
-    torch.testing.assert_close(call(sinks=sinks), call(backend="reference"), rtol=0, atol=0)
+    for backend in ("cpu", "reference"):
+        without = call(backend=backend)
+        torch.testing.assert_close(call(sinks=sinks, backend=backend), without, rtol=0, atol=0)

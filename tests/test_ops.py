@@ -121,10 +121,12 @@ def test_operators_pass_opcheck(layout: PrefixLayout, dtype: torch.dtype) -> Non
     q, k, v = inputs(layout, dtype, grad=False)
     forward = torch.ops.prefix_attn.forward.default
     backward = torch.ops.prefix_attn.backward.default
-    torch.library.opcheck(forward, (q, k, v, layout.segments, 0.25, "cpu"))
-    out, lse = forward(q, k, v, layout.segments, 0.25, "cpu")
-    for dlse in (None, torch.randn_like(lse)):
-        saved = (q, k, v, out, lse, dlse, layout.segments, 0.25, "cpu")
+    rest = (layout.segments, 0.25, None, None, True, "cpu")
+    for sinks, has_dlse in ((None, False), (torch.zeros(4), True)):
+        torch.library.opcheck(forward, (q, k, v, sinks, *rest))
+        out, lse = forward(q, k, v, sinks, *rest)
+        dlse = torch.randn_like(lse) if has_dlse else None
+        saved = (q, k, v, out, lse, dlse, sinks, *rest)
         torch.library.opcheck(backward, (torch.randn_like(out), *saved))
 
 
@@ -133,19 +135,22 @@ def test_operators_pass_opcheck_on_strided_inputs() -> None:
     layout = LAYOUTS[0]
     q, k, v = torch.randn(layout.num_tokens, 8, 16).split([4, 2, 2], dim=1)
     forward = torch.ops.prefix_attn.forward.default
-    torch.library.opcheck(forward, (q, k, v, layout.segments, 0.25, "cpu"))
-    out, lse = forward(q, k, v, layout.segments, 0.25, "cpu")
+    rest = (None, layout.segments, 0.25, None, None, True, "cpu")
+    torch.library.opcheck(forward, (q, k, v, *rest))
+    out, lse = forward(q, k, v, *rest)
     dout = torch.ones(()).expand_as(out)
     torch.library.opcheck(
-        torch.ops.prefix_attn.backward.default,
-        (dout, q, k, v, out, lse, None, layout.segments, 0.25, "cpu"),
+        torch.ops.prefix_attn.backward.default, (dout, q, k, v, out, lse, None, *rest)
     )
 
 
 def test_operator_refuses_layout_for_other_tokens() -> None:
     q, k, v = inputs(LAYOUTS[0], grad=False)
-    with pytest.raises(ValueError, match="the layout has 12 tokens, q has 22"):
-        torch.ops.prefix_attn.forward(q, k, v, LAYOUTS[1].segments, 0.25, "cpu")
+    rest = (0.25, None, None, True, "cpu")
+    with pytest.raises(ValueError, match=r"the layout has 12 rows of q, got \(22, 4, 16\)"):
+        torch.ops.prefix_attn.forward(q, k, v, None, LAYOUTS[1].segments, *rest)
+    with pytest.raises(ValueError, match=r"the layout has 12 rows of k, got \(22, 2, 16\)"):
+        torch.ops.prefix_attn.forward(q[:12], k, v, None, LAYOUTS[1].segments, *rest)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

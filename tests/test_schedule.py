@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,65 +36,109 @@ def forests(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return lengths, parents
 
 
-def _forest(lengths: list[int], parents: list[int]) -> tuple[Forest, np.ndarray]:
+def _query_segments(forest: tuple[list[int], list[int]]) -> st.SearchStrategy[list[int] | None]:
+    indices = st.lists(st.integers(0, len(forest[0]) - 1), unique=True)
+    return st.none() | indices
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> dict[str, Any]:
+    """Which keys are seen, beyond the segments: the arguments of `Forest.from_segments`."""
+    return {
+        "window_size": draw(st.none() | st.integers(1, 60)),
+        "prefix_causal": draw(st.booleans()),
+    }
+
+
+def _forest(
+    lengths: list[int],
+    parents: list[int],
+    rule: dict[str, Any] | None = None,
+    query_segments: list[int] | None = None,
+) -> tuple[Forest, np.ndarray]:
+    """The forest and the dense (Tq, T) mask."""
     layout = PrefixLayout.from_tree(lengths, parents)
-    return Forest.from_segments(*layout.segments.numpy()), layout.materialize().numpy()
+    if query_segments is not None:
+        layout = layout.queries_for(query_segments)
+    rule = rule or {}
+    return (
+        Forest.from_segments(layout.segments.numpy(), **rule),
+        layout.materialize(**rule).numpy(),
+    )
 
 
 def _cover_queries(tiles: QueryTiles, mask: np.ndarray, block_n: int) -> np.ndarray:
     """Counts the visits of every pair by query tiles; asserts that full tiles are full."""
     visits = np.zeros(mask.shape, dtype=int)
-    for row0, row1, list0, listed, own0, own, masked0, masked in tiles.items.tolist():
+    for row0, row1, query0, list0, listed, own0, own, masked0, masked in tiles.items.tolist():
+        queries = slice(query0, query0 + row1 - row0)
         full = tiles.columns[list0 : list0 + listed].tolist()
         full += [own0 + j * block_n for j in range(own)]
         for c in full:
             assert c + block_n <= mask.shape[1], "a full tile reaches past the last key"
-            assert mask[row0:row1, c : c + block_n].all(), f"forbidden pair in tile {row0}, {c}"
-            visits[row0:row1, c : c + block_n] += 1
+            assert mask[queries, c : c + block_n].all(), f"forbidden pair in tile {row0}, {c}"
+            visits[queries, c : c + block_n] += 1
         for c, end in tiles.masked[masked0 : masked0 + masked].tolist():
             assert c < end <= c + block_n
-            visits[row0:row1, c:end] += mask[row0:row1, c:end]
+            visits[queries, c:end] += mask[queries, c:end]
     return visits
 
 
-def _cover_keys(tiles: KeyTiles, mask: np.ndarray, block_m: int) -> np.ndarray:
+def _cover_keys(tiles: KeyTiles, mask: np.ndarray, block_m: int, window: bool) -> np.ndarray:
     """Counts the visits of every pair by key tiles; asserts that full tiles are full."""
     visits = np.zeros(mask.shape, dtype=int)
+
+    def rows_of(begin: int, count: int) -> list[int]:
+        if window:
+            return tiles.rows[begin : begin + count].tolist()
+        return [begin + i * block_m for i in range(count)]
+
     for item in tiles.items.tolist():
         col0, col1, full0, num_full, before0, num_before, after0, num_after, _ = item
-        rows = slice(full0, full0 + num_full * block_m)
-        if num_full:
-            assert rows.stop <= mask.shape[0]
-            assert mask[rows, col0:col1].all()
-            visits[rows, col0:col1] += 1
-        for start, count in ((before0, num_before), (after0, num_after)):
-            rows = slice(start, start + count * block_m)
-            visits[rows, col0:col1] += mask[rows, col0:col1]
+        for row in rows_of(full0, num_full):
+            assert row + block_m <= mask.shape[0]
+            assert mask[row : row + block_m, col0:col1].all()
+            visits[row : row + block_m, col0:col1] += 1
+        for row in rows_of(before0, num_before) + rows_of(after0, num_after):
+            visits[row : row + block_m, col0:col1] += mask[row : row + block_m, col0:col1]
     return visits
 
 
-@settings(max_examples=1500, deadline=None)
-@given(forest=forests(), blocks=st.sampled_from(BLOCKS))
-def test_query_tiles_cover_every_allowed_pair_once(forest, blocks):
-    tree, mask = _forest(*forest)
+@settings(max_examples=2000, deadline=None)
+@given(data=st.data(), forest=forests(), rule=rules(), blocks=st.sampled_from(BLOCKS))
+def test_query_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks):
+    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
     tiles = QueryTiles.from_forest(tree, *blocks)
     np.testing.assert_array_equal(_cover_queries(tiles, mask, blocks[1]), mask)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(forest=forests(), blocks=st.sampled_from(BLOCKS), chunk=st.sampled_from([None, 1, 3]))
-def test_key_tiles_cover_every_allowed_pair_once(forest, blocks, chunk):
-    tree, mask = _forest(*forest)
+@settings(max_examples=2000, deadline=None)
+@given(
+    data=st.data(),
+    forest=forests(),
+    rule=rules(),
+    blocks=st.sampled_from(BLOCKS),
+    chunk=st.sampled_from([None, 1, 3]),
+)
+def test_key_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks, chunk):
+    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
     tiles = KeyTiles.from_forest(tree, *blocks, max_chunk=chunk)
-    np.testing.assert_array_equal(_cover_keys(tiles, mask, blocks[0]), mask)
+    covered = _cover_keys(tiles, mask, blocks[0], window=rule["window_size"] is not None)
+    np.testing.assert_array_equal(covered, mask)
 
 
 @settings(max_examples=500, deadline=None)
-@given(forest=forests(), blocks=st.sampled_from(BLOCKS), chunk=st.sampled_from([None, 1, 3]))
-def test_key_tiles_own_every_key_once_and_every_slot_once(forest, blocks, chunk):
-    tree, mask = _forest(*forest)
+@given(
+    data=st.data(),
+    forest=forests(),
+    rule=rules(),
+    blocks=st.sampled_from(BLOCKS),
+    chunk=st.sampled_from([None, 1, 3]),
+)
+def test_key_tiles_own_every_key_once_and_every_slot_once(data, forest, rule, blocks, chunk):
+    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
     tiles = KeyTiles.from_forest(tree, *blocks, max_chunk=chunk)
-    owned = np.zeros(len(mask), dtype=int)
+    owned = np.zeros(mask.shape[1], dtype=int)
     for item in tiles.items[tiles.items[:, 8] < 0].tolist():
         owned[item[0] : item[1]] += 1
     slots = np.sort(tiles.items[tiles.items[:, 8] >= 0, 8])
@@ -113,7 +158,7 @@ def test_query_tiles_at_every_offset_of_a_suffix_in_a_block(prefix):
         tiles = QueryTiles.from_forest(tree, block_m, block_n)
         np.testing.assert_array_equal(_cover_queries(tiles, mask, block_n), mask)
         keys = KeyTiles.from_forest(tree, block_m, block_n)
-        np.testing.assert_array_equal(_cover_keys(keys, mask, block_m), mask)
+        np.testing.assert_array_equal(_cover_keys(keys, mask, block_m, window=False), mask)
 
 
 def test_work_lists_are_longest_first():
@@ -131,7 +176,7 @@ def test_tables_grow_linearly_with_tokens():
     sizes = []
     for groups in (4, 8, 16):
         layout = PrefixLayout.from_lengths([1024] * groups, [[128] * 8] * groups)
-        tree = Forest.from_segments(*layout.segments.numpy())
+        tree = Forest.from_segments(layout.segments.numpy())
         queries = QueryTiles.from_forest(tree, 128, 64)
         keys = balanced_key_tiles(tree, 64, 128, heads=8, group=4, processors=132)
         sizes.append(
@@ -146,3 +191,41 @@ def test_tables_of_an_empty_forest_are_empty():
         tree, _ = _forest(lengths, parents)
         assert len(QueryTiles.from_forest(tree, 8, 8).items) == 0
         assert len(KeyTiles.from_forest(tree, 8, 8).items) == 0
+
+
+def test_a_window_costs_what_it_sees():
+    """Tiles visited fall with the window, whatever the length of the path."""
+    layout = PrefixLayout.from_lengths([4096], [[512] * 8])
+    counts = []
+    for window in (None, 2048, 1024, 512, 128):
+        tree = Forest.from_segments(layout.segments.numpy(), window_size=window)
+        queries, keys = QueryTiles.from_forest(tree, 128, 64), KeyTiles.from_forest(tree, 64, 128)
+        counts.append((queries.items[:, [4, 6, 8]].sum(), keys.items[:, [3, 5, 7]].sum(), window))
+    rows = layout.num_tokens
+    for by_query, by_key, window in counts[1:]:
+        # Every row sees at most `window` keys; a tile's edges add at most one tile on each side.
+        assert by_query <= rows / 128 * ((window + 128) / 64 + 2)
+        assert by_key <= rows / 128 * ((window + 128) / 64 + 2)
+        assert by_query < counts[0][0]
+        assert by_key < counts[0][1]
+
+
+def test_a_window_longer_than_every_path_changes_no_visit():
+    layout = PrefixLayout.from_lengths([200, 0], [[50, 70], [33, 1]])
+    plain, wide = (
+        Forest.from_segments(layout.segments.numpy(), window_size=w) for w in (None, 10**9)
+    )
+    a, b = (QueryTiles.from_forest(x, 16, 8) for x in (plain, wide))
+    assert a.items[:, [4, 6]].sum() == b.items[:, [4, 6]].sum()
+
+
+def test_queries_for_suffixes_cost_nothing_for_the_prefix():
+    layout = PrefixLayout.from_lengths([4096, 4096], [[128] * 4, [128] * 4])
+    some = layout.queries_for([1, 2, 3, 4, 6, 7, 8, 9])
+    whole, part = (
+        QueryTiles.from_forest(Forest.from_segments(x.segments.numpy()), 128, 64)
+        for x in (layout, some)
+    )
+    below = whole.items[(whole.items[:, 0] % 4608) >= 4096]  # tiles of suffixes
+    assert len(part.items) == len(below) == 8
+    assert part.items[:, [4, 6, 8]].sum() == below[:, [4, 6, 8]].sum()

@@ -15,6 +15,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("these tests need TRITON_INTERPRET=1", allow_module_level=True)
 
 from triton.runtime import interpreter  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from prefix_attn.testing import fix_interpreter  # noqa: E402
 
@@ -36,6 +37,7 @@ class AddressGuard:
         self.launches += 1
         self._ranges = []
         for x in arguments:
+            x = x.base if isinstance(x, TensorDescriptor) else x
             if isinstance(x, torch.Tensor) and x.numel():
                 span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
                 self._ranges.append((x.data_ptr(), x.data_ptr() + span * x.element_size()))

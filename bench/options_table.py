@@ -1,0 +1,64 @@
+"""Which backend serves which option, as the table in docs/pages/options.md.
+
+The table asks the code that refuses; tests/test_options.py and tests/interpreter/test_options.py
+hold that what is not refused is exact, forward and backward. `python -m bench.options_table`
+rewrites the page.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from prefix_attn.api import choose_backend
+
+PAGE = Path(__file__).parents[1] / "docs" / "pages" / "options.md"
+BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->"
+# Device on which each backend is asked.
+BACKENDS = {"triton": "cuda", "cpu": "cpu", "reference": "cpu"}
+OPTIONS = {
+    "scale": "any factor of the scores, negative or zero",
+    "window_size": "sliding window, in positions",
+    "softcap": "`c * tanh(s / c)`",
+    "sinks": "a learned logit in the denominator",
+    "prefix_causal": "`False`: prefixes see themselves whole",
+    "queries_for": "queries for some segments, keys for all",
+    "value dims": "DV other than D, any size from 16 to 256",
+    "LSE gradient": "`return_lse=True`, differentiable",
+}
+
+
+def is_served(option: str, backend: str) -> bool:
+    """Whether a backend takes an option, by its own word."""
+    named = {"prefix_causal": "prefix_causal=False"}.get(option, option)
+    try:
+        choose_backend(backend, BACKENDS[backend], torch.bfloat16, [named])
+    except NotImplementedError:
+        return False
+    return True
+
+
+def render() -> str:
+    """The table in Markdown."""
+    directions = [f"{name} {way}" for name in BACKENDS for way in ("forward", "backward")]
+    lines = [
+        "| option | | " + " | ".join(directions) + " |",
+        "| --- | --- |" + " :-: |" * len(directions),
+    ]
+    for option, meaning in OPTIONS.items():
+        cells = ["exact" if is_served(option, name) else "refused" for name in BACKENDS]
+        doubled = [cell for cell in cells for _ in range(2)]
+        lines.append(f"| `{option}` | {meaning} | " + " | ".join(doubled) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Rewrites the table in the page."""
+    text = PAGE.read_text()
+    head, rest = text.split(BEGIN)
+    PAGE.write_text(head + BEGIN + render() + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()

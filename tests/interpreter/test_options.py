@@ -1,0 +1,146 @@
+"""Window, softcap, sinks, bidirectional prefixes and query subsets in the kernels, interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.testing import assert_within_budget
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+GROUPS = PrefixLayout.from_lengths([37, 0, 20], [[9, 16, 33], [5, 7], [3, 0, 18]])
+TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
+LAYOUTS = {
+    "groups": GROUPS,
+    "tree": TREE,
+    "suffixes": GROUPS.queries_for([1, 3, 5, 7, 9]),
+    "inner": TREE.queries_for([1, 4, 6]),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window_size": 24},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "bidirectional": {"prefix_causal": False},
+    "window+bidirectional": {"window_size": 17, "prefix_causal": False},
+    "all": {
+        "window_size": 40,
+        "softcap": 2.0,
+        "sinks": True,
+        "prefix_causal": False,
+        "scale": -0.4,
+    },
+}
+
+
+def _results(
+    layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype, backend: str
+) -> tuple[Tensor, ...]:
+    """Output, LSE and all gradients; inputs are those of the smallest dtype under test."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64).bfloat16()
+        return x.to(dtype).requires_grad_()
+
+    queries, keys = layout.num_queries, layout.num_tokens
+    leaves = [draw(queries, 2, 16), draw(keys, 1, 16), draw(keys, 1, 32), draw(2)]
+    dout, dlse = draw(queries, 2, 32), draw(2, queries)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = leaves[3]
+    outputs = prefix_attention(*leaves[:3], layout, return_lse=True, backend=backend, **options)
+    grads = torch.autograd.grad(
+        outputs,
+        leaves,
+        (dout.detach(), dlse.detach().to(outputs[1].dtype)),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return (*(x.detach() for x in outputs), *grads)
+
+
+def _check(layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype) -> None:
+    actual = _results(layout, options, dtype, "triton")
+    exact = _results(layout, options, torch.float64, "reference")
+    if dtype == torch.float64:
+        for name, a, e in zip(NAMES, actual, exact, strict=True):
+            torch.testing.assert_close(
+                a, e, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n} {m}"
+            )
+        return
+    pytorch = _results(layout, options, dtype, "reference")
+    for name, a, e, p in zip(NAMES, actual, exact, pytorch, strict=True):
+        assert a.dtype == p.dtype
+        assert_within_budget(name, a, e, p)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_triton_option_matches_float64(layout, options):
+    _check(layout, options, torch.float64)
+
+
+@pytest.mark.parametrize("layout", [GROUPS, LAYOUTS["inner"]], ids=["groups", "inner"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_option_stays_within_budget(layout, options, dtype):
+    _check(layout, options, dtype)
+
+
+def test_triton_members_that_fill_tiles_keep_their_bits_when_permuted():
+    """Tiles of the interpreter are 32 queries high: a prefix and members of whole tiles."""
+    prefix, lengths, order = 64, [32, 96, 64], [2, 0, 1]
+    layout = PrefixLayout.from_lengths([prefix], [lengths])
+    permuted = PrefixLayout.from_lengths([prefix], [[lengths[i] for i in order]])
+    rows = torch.cat([torch.arange(prefix), *(layout.sequence_rows(i)[prefix:] for i in order)])
+    data = torch.randn(4, layout.num_tokens, 1, 16).unbind()
+    results = []
+    for which, index in ((layout, slice(None)), (permuted, rows)):
+        *leaves, dout = (x[index].clone().requires_grad_() for x in data)
+        out, lse = prefix_attention(*leaves, which, return_lse=True, backend="triton")
+        results.append((out, lse.t(), *torch.autograd.grad(out, leaves, dout.detach())))
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        if name in ("dk", "dv"):  # the prefix sums over its members in packed order
+            assert torch.equal(a[rows][prefix:], b[prefix:])
+            torch.testing.assert_close(a[:prefix], b[:prefix])
+        else:
+            assert torch.equal(a[rows], b)
+
+
+def test_triton_options_have_the_same_bits_from_run_to_run():
+    first, second = (_results(GROUPS, OPTIONS["all"], torch.float32, "triton") for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_triton_on_random_forests_with_random_options(data):
+    count = data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(0, 40), min_size=count, max_size=count))
+    parents: list[int] = []
+    path: list[int] = []
+    for i in range(count):
+        path = path[: data.draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    layout = PrefixLayout.from_tree(lengths, parents)
+    if data.draw(st.booleans()):
+        layout = layout.queries_for(data.draw(st.lists(st.integers(0, count - 1), unique=True)))
+    options = {
+        "window_size": data.draw(st.none() | st.integers(1, 60)),
+        "softcap": data.draw(st.none() | st.sampled_from([0.5, 3.0, 50.0])),
+        "sinks": data.draw(st.sampled_from([None, True])),
+        "prefix_causal": data.draw(st.booleans()),
+        "scale": data.draw(st.sampled_from([None, 1.0, -0.5, 0.0])),
+    }
+    _check(layout, options, torch.float64)

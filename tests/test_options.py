@@ -1,0 +1,250 @@
+"""Options on the CPU, query subsets, cached prefixes, merged states, and what stays bit-equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.options_table import BACKENDS, OPTIONS, is_served, render
+from prefix_attn import PrefixLayout, merge_states, prefix_attention
+from prefix_attn.testing import assert_within_budget
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+GROUPS = PrefixLayout.from_lengths([37, 0, 20], [[9, 16, 33], [5, 7], [3, 0, 18]])
+TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
+LAYOUTS = {
+    "groups": GROUPS,
+    "tree": TREE,
+    "equal members": PrefixLayout.from_lengths([10, 4], [[6, 6, 6], [6, 6, 5]]),
+    "suffix queries": GROUPS.queries_for([1, 2, 3, 5, 6, 8, 10]),
+    "inner queries": TREE.queries_for([1, 4, 6]),
+    "leaf queries": TREE.queries_for([5, 2]),
+    "no queries": TREE.queries_for([]),
+}
+# One value for every option of the table; True stands for a tensor of sinks.
+VALUES: dict[str, Any] = {
+    "scale": -0.4,
+    "window_size": 24,
+    "softcap": 1.5,
+    "sinks": True,
+    "prefix_causal": False,
+}
+
+
+def _results(
+    layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype, backend: str
+) -> tuple[Tensor, ...]:
+    """Output, LSE and all gradients; the inputs are representable in every dtype under test."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64).bfloat16()
+        return x.to(dtype).requires_grad_()
+
+    queries, keys = layout.num_queries, layout.num_tokens
+    leaves = [draw(queries, 4, 16), draw(keys, 2, 16), draw(keys, 2, 32), draw(4)]
+    dout, dlse = draw(queries, 4, 32).detach(), draw(4, queries).detach()
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = leaves[3]
+    out, lse = prefix_attention(*leaves[:3], layout, return_lse=True, backend=backend, **options)
+    grads = torch.autograd.grad(
+        (out, lse), leaves, (dout, dlse.to(lse.dtype)), allow_unused=True, materialize_grads=True
+    )
+    return out.detach(), lse.detach(), *grads
+
+
+def _assert_exact(
+    layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype, backend: str
+) -> None:
+    actual = _results(layout, options, dtype, backend)
+    exact = _results(layout, options, torch.float64, "reference")
+    pytorch = _results(layout, options, dtype, "reference")
+    for name, a, e, p in zip(NAMES, actual, exact, pytorch, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget(name, a, e, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sinks": True}, {"prefix_causal": False},
+     {"sinks": True, "prefix_causal": False, "scale": -0.4}],
+    ids=["plain", "sinks", "bidirectional", "all"],
+)  # fmt: skip
+def test_cpu_option_stays_within_budget(layout, options, dtype):
+    _assert_exact(layout, options, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_table_cell_is_exact_or_refused(backend, option):
+    # The cells of the Triton kernels are tests/interpreter/test_options.py.
+    if option in ("value dims", "LSE gradient"):  # every call of this file has both
+        options, layout = {}, GROUPS
+    elif option == "queries_for":
+        options, layout = {}, LAYOUTS["suffix queries"]
+    else:
+        options, layout = {option: VALUES[option]}, GROUPS
+    if is_served(option, backend):
+        _assert_exact(layout, options, torch.float64, backend)
+    else:
+        with pytest.raises(NotImplementedError, match=f"{backend}: does not support {option}"):
+            _results(layout, options, torch.float64, backend)
+
+
+def test_documented_table_is_the_rendered_one():
+    page = Path(__file__).parents[1] / "docs" / "pages" / "options.md"
+    assert render() in page.read_text(), "run `make docs-tables`"
+    assert set(BACKENDS) == {"triton", "cpu", "reference"}
+
+
+# ---- queries for some segments --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"prefix_causal": False}], ids=["causal", "bidirectional"])
+def test_query_subset_gives_the_rows_of_the_whole(backend, options):
+    q, k, v = torch.randn(3, TREE.num_tokens, 2, 16, dtype=torch.float64).unbind()
+    whole, lse = prefix_attention(q, k, v, TREE, return_lse=True, backend=backend, **options)
+    some = TREE.queries_for(torch.tensor([4, 1, 2]))
+    rows = some.query_rows
+    assert rows.tolist() == [*range(37, 51), *range(52, 85)]
+    part, part_lse = prefix_attention(
+        q[rows], k, v, some, return_lse=True, backend=backend, **options
+    )
+    torch.testing.assert_close(part, whole[rows], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(part_lse, lse[:, rows], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_micro_batches_of_members_give_the_gradients_of_all_at_once(dtype):
+    """The prefix is cached in float32, so that its gradients are summed there."""
+    prefix, members = 29, [7, 12, 1, 20, 5]
+    whole = PrefixLayout.from_lengths([prefix], [members])
+    data = torch.randn(4, whole.num_tokens, 2, 16, dtype=torch.float64).to(dtype)
+
+    def run(layout: PrefixLayout, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
+        prefix_attention(q, k.to(dtype), v.to(dtype), layout).backward(dout)
+
+    at_once = [x.clone().requires_grad_() for x in data[:3]]
+    run(whole, *at_once, data[3])
+    exact = [x.double().requires_grad_() for x in data[:3]]
+    prefix_attention(*exact, whole, backend="reference").backward(data[3].double())
+
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = (x.to(wide).requires_grad_() for x in data[:3])
+    cached_k, cached_v = k[:prefix].detach().requires_grad_(), v[:prefix].detach().requires_grad_()
+    alone = PrefixLayout.from_lengths([prefix], [[]])
+    run(alone, q[:prefix].to(dtype), cached_k, cached_v, data[3, :prefix])
+    for batch in ([0, 1], [2, 3], [4]):
+        rows = torch.cat([whole.sequence_rows(i)[prefix:] for i in batch])
+        layout = PrefixLayout.from_lengths([prefix], [[members[i] for i in batch]])
+        layout = layout.queries_for(range(1, 1 + len(batch)))
+        keys, values = torch.cat([cached_k, k[rows]]), torch.cat([cached_v, v[rows]])
+        run(layout, q[rows].to(dtype), keys, values, data[3, rows])
+    k.grad[:prefix], v.grad[:prefix] = cached_k.grad, cached_v.grad
+    for name, split, whole_leaf, e in zip("qkv", (q, k, v), at_once, exact, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(split.grad, e.grad, rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget(f"d{name}", split.grad.to(dtype), e.grad, whole_leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([7], "segments must be less than 7, the number of segments, got 7"),
+        ([0, -1], r"segments\[1\] must be at least 0, got -1"),
+        ([0.5], "segments must hold integers, got 0.5"),
+        ("leaves", "segments must be a flat list of integers, got 'leaves'"),
+    ],
+)
+def test_bad_query_segments_raise(segments, message):
+    with pytest.raises(ValueError, match=message):
+        TREE.queries_for(segments)
+
+
+def test_queries_of_another_layout_raise():
+    layout = GROUPS.queries_for([0])
+    q = torch.zeros(GROUPS.num_tokens, 2, 16)
+    with pytest.raises(ValueError, match="the layout has 37 queries, q has 148"):
+        prefix_attention(q, q, q, layout)
+
+
+# ---- merging --------------------------------------------------------------------------------
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    ]
+
+
+def test_merge_states_joins_prefix_and_suffix():
+    """The suffix alone, and its queries against the prefix, make the whole; gradients too."""
+    layout = PrefixLayout.from_lengths([11], [[8]])
+    q, k, v = leaves = _leaves((19, 2, 16), (19, 2, 16), (19, 2, 16))
+    out, lse = prefix_attention(*leaves, layout, return_lse=True)
+    exact = [out[11:], lse[:, 11:]]
+    scores = torch.einsum("mhd,nhd->hmn", q[11:], k[:11]) / 4
+    above = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[:11])
+    alone = PrefixLayout.from_lengths([8], [[]])
+    below = prefix_attention(q[11:], k[11:], v[11:], alone, return_lse=True)
+    merged = merge_states(*below, above, scores.logsumexp(-1))
+    for a, e in zip(merged, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-13, atol=1e-13)
+    weights = [torch.randn_like(x) for x in exact]
+    grads = [torch.autograd.grad(x, leaves, weights, retain_graph=True) for x in (merged, exact)]
+    for a, e in zip(*grads, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
+
+
+def test_merge_states_passes_gradcheck():
+    leaves = _leaves((3, 2, 4), (2, 3), (3, 2, 4), (2, 3))
+    assert torch.autograd.gradcheck(merge_states, leaves)
+
+
+def test_merge_states_with_empty_sets():
+    a, b = torch.randn(3, 2, 4), torch.zeros(3, 2, 4)
+    lse = torch.randn(2, 3).requires_grad_()
+    nothing = torch.full((2, 3), -float("inf")).requires_grad_()
+    for out, merged in (merge_states(a, lse, b, nothing), merge_states(b, nothing, a, lse)):
+        assert torch.equal(out, a)
+        assert torch.equal(merged, lse)
+    out, merged = merge_states(b, nothing, b, nothing)
+    assert torch.equal(out, b)
+    assert bool(merged.isneginf().all())
+    merge_states(a, lse, b, nothing)[0].sum().backward()
+    assert bool(lse.grad.isfinite().all() and nothing.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((3, 2, 4), (2, 3), (4, 2, 4), (2, 3)), r"got \(3, 2, 4\) and \(4, 2, 4\)"),
+        (((3, 2, 4), (3, 2), (3, 2, 4), (2, 3)), r"= \(2, 3\), got \(3, 2\) and \(2, 3\)"),
+    ],
+)
+def test_merge_states_refuses_other_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        merge_states(*(torch.zeros(s) for s in shapes))
+
+
+# ---- bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_results_have_the_same_bits_from_run_to_run(backend):
+    options = {"sinks": True, "prefix_causal": False}
+    first, second = (_results(GROUPS, options, torch.float32, backend) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
