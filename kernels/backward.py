@@ -1,7 +1,7 @@
 """Backward pass: dQ, dK and dV in one launch, deterministic, without atomics.
 
-A preprocess computes delta. Then one grid (work entries x KV heads, heads fastest) holds two kinds
-of programs, longest first:
+A preprocess computes delta. Then one grid (work entries x KV heads, in sections of heads as in the
+forward pass) holds two kinds of programs, longest first:
 
 * A program that owns a key tile of one KV head runs over the rows that see it, for every query head
   of that KV head: the sum over the members of a group is this loop. Keys with a long range of rows
@@ -25,6 +25,7 @@ from prefix_attn.kernels.primitives import (
     LOG2E,
     accumulator,
     dot_precision,
+    entry_and_head,
     forbid,
     key_rule,
     load_full,
@@ -320,7 +321,12 @@ def query_tile(
     store_masked(dq_ptrs, dq * scale, mask_m, offs_d, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_items", "window_size"])
+@triton.jit(
+    do_not_specialize=[
+        "num_queries", "num_keys", "num_key_items", "num_entries", "heads_per_section",
+        "window_size",
+    ]
+)  # fmt: skip
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     dk_part_ptr, dv_part_ptr,
@@ -328,7 +334,8 @@ def backward_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_do_t, stride_do_h,
     stride_dq_t, stride_dq_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    num_queries, num_keys, num_key_items, num_kv_heads, scale, softcap, window_size,
+    num_queries, num_keys, num_key_items, num_entries, num_kv_heads, heads_per_section,
+    scale, softcap, window_size,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     KEYS_M: tl.constexpr, KEYS_N: tl.constexpr, KEYS_STAGES: tl.constexpr,
@@ -336,9 +343,8 @@ def backward_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SUBSET: tl.constexpr, SOFTCAP: tl.constexpr,
     ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    kv_head = pid % num_kv_heads
-    item = tl.load(order_ptr + 2 * (pid // num_kv_heads))
+    entry, kv_head = entry_and_head(tl.program_id(0), num_entries, heads_per_section)
+    item = tl.load(order_ptr + 2 * entry)
     if item < num_key_items:
         key_tile(
             item, kv_head,
@@ -351,7 +357,7 @@ def backward_kernel(
             CAUSAL, WINDOW, SUBSET, SOFTCAP, ACCURATE, ACC, PRECISION,
         )  # fmt: skip
     else:
-        head = kv_head * GROUP + tl.load(order_ptr + 2 * (pid // num_kv_heads) + 1)
+        head = kv_head * GROUP + tl.load(order_ptr + 2 * entry + 1)
         query_tile(
             item - num_key_items, head,
             q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
@@ -465,6 +471,9 @@ def launch_backward(
         enable_fp_fusion=True,
     )
 
+    # A head's programs read its K and V, and Q and dO of its query heads.
+    head_bytes = (k.shape[0] * num_kv_heads + num_queries * num_heads) // num_kv_heads * k.itemsize
+    section = config.heads_per_section(num_kv_heads, head_bytes * (head_dim + head_dim_v))
     part_shape = (tables.num_slots, num_kv_heads, config.keys.block_n)
     dk_part = k.new_empty(*part_shape, head_dim, dtype=acc)
     dv_part = v.new_empty(*part_shape, head_dim_v, dtype=acc)
@@ -504,7 +513,9 @@ def launch_backward(
         num_queries=num_queries,
         num_keys=k.shape[0],
         num_key_items=tables.key_items.shape[0],
+        num_entries=tables.order.shape[0],
         num_kv_heads=num_kv_heads,
+        heads_per_section=section,
         scale=scalar_argument(options.scale, q.dtype),
         softcap=scalar_argument(options.softcap or 1.0, q.dtype),
         window_size=options.window_size or 0,

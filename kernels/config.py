@@ -34,6 +34,7 @@ class Config:
         queries: tile of the backward programs that own query rows (dQ).
         backward_warps: warps of the backward kernel, which runs both kinds.
         processors: multiprocessors, for the balance of the work lists.
+        l2_bytes: second-level cache, for the order in which heads are run.
         forward_descriptors: whether the forward kernel loads K and V by TMA.
     """
 
@@ -44,6 +45,12 @@ class Config:
     backward_warps: int
     processors: int
     forward_descriptors: bool = False
+    l2_bytes: int = 50 << 20
+
+    def heads_per_section(self, num_kv_heads: int, bytes_per_head: int) -> int:
+        """KV heads that run before the others start: as many as half of the cache holds."""
+        most = max(1, self.l2_bytes // 2 // max(1, bytes_per_head))
+        return max(n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0 and n <= most)
 
 
 INTERPRETER = Config(
@@ -53,6 +60,7 @@ INTERPRETER = Config(
     queries=Tile(32, 16),
     backward_warps=4,
     processors=4,
+    l2_bytes=1 << 14,
 )
 
 

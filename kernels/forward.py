@@ -1,6 +1,7 @@
 """Forward pass: O = softmax(scale Q K^T) V over the keys that each row attends, and its LSE.
 
-Grid: (query tiles x query heads,), heads fastest. A program owns one query tile of one query head
+Grid: (query tiles x query heads,), in sections of heads whose K and V fit in the cache together,
+the tiles of a section longest first, heads fastest. A program owns one query tile of one query head
 and writes its rows of O and LSE. It runs over the key tiles that every row of the tile sees (those
 of the ancestors from a shared list, then those of its own run), without a mask, and then over the
 few that only some rows see, with the attention rule  c <= r < subtree_end[c].
@@ -22,6 +23,7 @@ from prefix_attn.kernels.primitives import (
     LOG2E,
     accumulator,
     dot_precision,
+    entry_and_head,
     forbid,
     key_rule,
     load_full,
@@ -38,13 +40,15 @@ from prefix_attn.kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "window_size"])
+@triton.jit(
+    do_not_specialize=["num_queries", "num_keys", "num_items", "heads_per_section", "window_size"]
+)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, sinks_ptr, out_ptr, lse_ptr,
     rule_ptr, items_ptr, columns_ptr, masked_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_o_t, stride_o_h,
-    num_queries, num_keys, num_heads, scale, softcap, window_size,
+    num_queries, num_keys, num_items, heads_per_section, scale, softcap, window_size,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -52,10 +56,9 @@ def forward_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ACCURATE: tl.constexpr,
     DESCRIPTORS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    head = pid % num_heads
+    item, head = entry_and_head(tl.program_id(0), num_items, heads_per_section)
     kv_head = head // GROUP
-    item_ptr = items_ptr + (pid // num_heads) * 9
+    item_ptr = items_ptr + item * 9
     row0 = tl.load(item_ptr)
     row1 = tl.load(item_ptr + 1)
     query0 = tl.load(item_ptr + 2)
@@ -189,7 +192,11 @@ def launch_forward(
     out = q.new_empty(num_queries, num_heads, head_dim_v)
     lse = q.new_empty(num_heads, num_queries, dtype=accumulator(q.dtype))
     descriptors = config.forward_descriptors
-    grid = (tables.items.shape[0] * num_heads,)
+    num_items, group = tables.items.shape[0], num_heads // k.shape[1]
+    section = config.heads_per_section(
+        k.shape[1], k.shape[0] * (head_dim + head_dim_v) * k.itemsize
+    )
+    grid = (num_items * num_heads,)
     forward_kernel[grid](
         q_ptr=q,
         k_ptr=k,
@@ -213,11 +220,12 @@ def launch_forward(
         stride_o_h=out.stride(1),
         num_queries=num_queries,
         num_keys=k.shape[0],
-        num_heads=num_heads,
+        num_items=num_items,
+        heads_per_section=section * group,
         scale=scalar_argument(options.scale, q.dtype),
         softcap=scalar_argument(options.softcap or 1.0, q.dtype),
         window_size=options.window_size or 0,
-        GROUP=num_heads // k.shape[1],
+        GROUP=group,
         D=head_dim,
         DV=head_dim_v,
         BLOCK_D=triton.next_power_of_2(head_dim),

@@ -16,6 +16,14 @@ FORBIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def entry_and_head(pid, num_entries, heads_per_section):
+    """Sections of heads one after another; in a section all heads of an entry, then the next."""
+    section = pid // (num_entries * heads_per_section)
+    within = pid % (num_entries * heads_per_section)
+    return within // heads_per_section, section * heads_per_section + within % heads_per_section
+
+
+@triton.jit
 def tile_ptrs(ptr, row, head, stride_t, stride_h, offs_row, offs_d):
     """Addresses of rows [row + offs_row] of one head: 64-bit base, 32-bit offsets in the tile."""
     base = ptr + row.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h

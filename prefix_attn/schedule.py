@@ -9,7 +9,8 @@ a key are no range: tiles are listed one by one. Without a window most of a list
 
 Work lists are sorted longest first, because hardware starts programs in grid order. The forward
 grid is (query tile, query head), the backward grid (entry of `backward_order`, KV head), the head
-running fastest in both.
+running fastest; where the heads' keys and values exceed the cache, sections of heads follow one
+another.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ Imported only where it is used: `import prefix_attn` needs no Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,20 +26,45 @@ if TYPE_CHECKING:
 
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
+# Environment variable that chooses the forward kernel: triton, or gluon where that can serve.
+FORWARD_VARIABLE = "PREFIX_ATTN_FORWARD"
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
-    from prefix_attn.kernels.forward import launch_forward
-
     q, k, v = (_addressable(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
-    config = _config(q, v)
+    launch_forward, config = _forward_kernel(q, v, sinks, options)
     tables = _forward_tables(_key(segments, options), config.forward, q.device)
     with _current(q):
         return launch_forward(q, k, v, sinks, tables, options, config)
+
+
+def _forward_kernel(
+    q: Tensor, v: Tensor, sinks: Tensor | None, options: Options
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Config]:
+    """The launcher that `PREFIX_ATTN_FORWARD` names, "triton" by default, and its configuration."""
+    from prefix_attn.kernels.forward import launch_forward
+
+    config, name = _config(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
+    if name == "triton":
+        return launch_forward, config
+    if name != "gluon":
+        raise ValueError(f"{FORWARD_VARIABLE} must be triton or gluon, got {name!r}")
+    try:
+        from prefix_attn.kernels import gluon_forward
+    except ImportError as error:
+        raise NotImplementedError(
+            f"{FORWARD_VARIABLE}=gluon: this Triton has no such Gluon ({error})"
+        ) from error
+    capability = _capability(q.device) if q.is_cuda else 0
+    reason = gluon_forward.why_not(capability, q.dtype, q.shape[2], v.shape[2], options, sinks)
+    if reason is not None:
+        raise NotImplementedError(f"{FORWARD_VARIABLE}=gluon can't serve this call: {reason}")
+    tile = gluon_forward.select_tile(q.shape[2], v.shape[2])
+    return gluon_forward.launch_gluon_forward, replace(config, forward=tile)
 
 
 def backward(
@@ -98,13 +125,19 @@ def _config(q: Tensor, v: Tensor) -> Config:
     if q.device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(q.device)
-    return select_config(
-        capability=properties.major * 10 + properties.minor,
+    config = select_config(
+        capability=_capability(q.device),
         head_dim=q.shape[2],
         dtype=q.dtype,
         processors=properties.multi_processor_count,
         head_dim_v=v.shape[2],
     )
+    return replace(config, l2_bytes=properties.L2_cache_size)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 class _Key(NamedTuple):

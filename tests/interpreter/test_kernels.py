@@ -87,6 +87,20 @@ def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("gluon", NotImplementedError, "=gluon can't serve this call: Triton's interpreter"),
+        ("cuda", ValueError, "PREFIX_ATTN_FORWARD must be triton or gluon, got 'cuda'"),
+    ],
+)
+def test_forward_that_cannot_serve_raises(name, error, message, monkeypatch):
+    monkeypatch.setenv("PREFIX_ATTN_FORWARD", name)
+    q, k, v, _ = _inputs(SPLIT, 1, 1, 64, 64, torch.bfloat16)
+    with pytest.raises(error, match=message):
+        prefix_attention(q, k, v, SPLIT, backend="triton")
+
+
 @pytest.mark.parametrize("prefix", range(1, 35))
 def test_triton_at_every_offset_of_a_suffix_in_a_block(prefix):
     # The second and third suffixes start at other offsets again; tiles are 16 and 32 wide.
