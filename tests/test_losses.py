@@ -1,0 +1,617 @@
+"""Log-probabilities against dense logits, and the losses against their definitions, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prefix_attn import PrefixLayout
+from prefix_attn.losses import (
+    completion_log_probs,
+    dpo_loss,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    packed_log_probs,
+    token_log_probs,
+)
+from prefix_attn.testing import assert_within_budget
+
+T, H, V = 13, 6, 29  # no chunk size below divides 29
+
+
+def inputs(dtype: torch.dtype = torch.float64, rows: int = T, width: int = H) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    targets = torch.randint(V, (rows,), generator=generator)
+    x = {"hidden": normal(rows, width), "weight": normal(V, width), "bias": normal(V)}
+    return x | {"targets": targets}
+
+
+def dense(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition: log-probabilities and entropies from all logits."""
+    z = hidden @ weight.t()
+    if bias is not None:
+        z = z + bias
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+    return log_p.gather(-1, targets[..., None])[..., 0], entropy
+
+
+def run(function, x: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    """log-probabilities, entropies, and the gradients of a weighted sum of both."""
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in x.items() if k != "targets"}
+    log_probs, entropy = function(**leaves, targets=x["targets"], **options)
+    weights = torch.linspace(-1.0, 2.0, log_probs.numel(), dtype=torch.float64)
+    total = (log_probs * weights.to(log_probs.dtype)).sum()
+    total = total + (entropy * weights.flip(0).to(entropy.dtype)).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    results = {"log_probs": log_probs.detach(), "entropy": entropy.detach()}
+    return results | {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
+
+
+def chunked(**kwargs) -> tuple[Tensor, Tensor]:
+    return token_log_probs(**kwargs, return_entropy=True)
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"softcap": 1.5},
+    {"temperature": 1.3, "softcap": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 7, 28, 29, 100, None])
+def test_log_probs_match_dense_logits(chunk_size, options):
+    x = inputs()
+    expected = run(dense, x, **options)
+    actual = run(chunked, x, chunk_size=chunk_size, **options)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_log_probs_pass_gradcheck(options):
+    x = inputs(rows=4)
+    leaves = [x[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+
+    def function(hidden, weight, bias):
+        return token_log_probs(
+            hidden, weight, x["targets"], bias=bias, return_entropy=True, chunk_size=10, **options
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0], ids=["small logits", "large logits"])
+def test_log_probs_float32_within_budget(scale):
+    x = inputs(torch.float32, rows=500, width=64)  # many sums: the largest error is no accident
+    x["hidden"] *= scale
+    exact = run(dense, {k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+    pytorch = run(dense, x)
+    actual = run(chunked, x, chunk_size=7)
+    for name, value in actual.items():
+        assert value.dtype == torch.float32
+        assert_within_budget(name, value, exact[name], pytorch[name])
+
+
+def test_log_probs_far_from_zero_within_budget():
+    x = inputs(torch.float32, rows=500, width=64)
+    x["bias"] += 1e4  # the sum is taken relative to the largest logit
+    exact = run(dense, {k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+    pytorch = run(dense, x)
+    for name, value in run(chunked, x, chunk_size=7).items():
+        assert_within_budget(name, value, exact[name], pytorch[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probs_of_half_types_are_summed_in_float32(dtype):
+    x = inputs(dtype)
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in x.items()}
+    expected = run(chunked, wide, chunk_size=7)
+    actual = run(chunked, x, chunk_size=7)
+    for name in ("log_probs", "entropy"):
+        assert actual[name].dtype == torch.float32
+        assert torch.equal(actual[name], expected[name])
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        assert actual[name].dtype == dtype
+        assert torch.equal(actual[name], expected[name].to(dtype))
+
+
+def test_log_probs_mixed_dtypes_and_autocast_keep_float32():
+    x = inputs(torch.float32)
+    half = x["hidden"].bfloat16()
+    expected = token_log_probs(half.float(), x["weight"], x["targets"])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = token_log_probs(half, x["weight"], x["targets"])
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_log_probs_on_a_gpu_within_budget(dtype):
+    x = {k: v.cuda() for k, v in inputs(dtype).items()}
+    exact = run(dense, {k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+    pytorch = run(dense, x)
+    for name, value in run(chunked, x, chunk_size=8).items():
+        assert_within_budget(name, value, exact[name], pytorch[name])
+
+
+def test_log_probs_of_any_row_shape_and_of_none():
+    x = inputs(rows=12)
+    flat = token_log_probs(x["hidden"], x["weight"], x["targets"])
+    shaped = token_log_probs(
+        x["hidden"].view(3, 4, H), x["weight"], x["targets"].view(3, 4).int(), chunk_size=5
+    )
+    torch.testing.assert_close(shaped, flat.view(3, 4))
+    row = token_log_probs(x["hidden"][0], x["weight"], x["targets"][0])
+    torch.testing.assert_close(row, flat[0])
+    weight = x["weight"].requires_grad_()
+    none, entropy = token_log_probs(x["hidden"][:0], weight, x["targets"][:0], return_entropy=True)
+    assert none.shape == entropy.shape == (0,)
+    (none.sum() + entropy.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_log_probs_of_forbidden_tokens():
+    """Logits of -inf: the first chunks, some others, a target; then a whole row."""
+    x = inputs()
+    x["bias"][:8] = -math.inf
+    x["bias"][20] = -math.inf
+    x["targets"][:3] = torch.tensor([20, 0, 9])
+    expected, actual = run(dense, x), run(chunked, x, chunk_size=4)
+    assert actual["log_probs"][:2].tolist() == [-math.inf, -math.inf]
+    assert torch.isfinite(actual["log_probs"][2])
+    for name in ("log_probs", "entropy"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
+    # The dense entropy's gradient at p = 0 is that of the limit, zero.
+    torch.testing.assert_close(actual["d_hidden"], expected["d_hidden"], rtol=1e-10, atol=1e-10)
+    x["bias"].fill_(-math.inf)
+    nothing = run(chunked, x, chunk_size=4)
+    assert nothing["log_probs"].isnan().all()
+    assert nothing["entropy"].isnan().all()
+
+
+def test_log_probs_carry_nan():
+    x = inputs()
+    x["hidden"][3] = math.nan
+    log_probs, entropy = token_log_probs(
+        x["hidden"], x["weight"], x["targets"], return_entropy=True, chunk_size=4
+    )
+    assert log_probs.isnan().nonzero().tolist() == [[3]]
+    assert entropy.isnan().nonzero().tolist() == [[3]]
+
+
+def test_log_probs_give_gradients_only_where_wanted():
+    x = inputs()
+    weight = x["weight"].requires_grad_()
+    token_log_probs(x["hidden"], weight, x["targets"]).sum().backward()
+    assert x["hidden"].grad is None
+    assert weight.grad is not None
+    hidden = inputs()["hidden"].requires_grad_()
+    _, entropy = token_log_probs(
+        hidden, weight.detach(), x["targets"], return_entropy=True, chunk_size=4
+    )
+    entropy.sum().backward()  # without the log-probabilities
+    other = inputs()["hidden"].requires_grad_()
+    dense(other, weight.detach(), x["targets"])[1].sum().backward()
+    torch.testing.assert_close(hidden.grad, other.grad)
+
+
+def test_log_probs_refuse_double_backward():
+    """Also where the gradient of the result is a constant: nothing is lost in silence."""
+    x = inputs()
+    hidden = x["hidden"].requires_grad_()
+    total = token_log_probs(hidden, x["weight"], x["targets"]).sum()
+    (grad,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        (grad.square().sum() + total).backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that an operator's result has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *sizes, 0) if sizes else self.elements
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_never_hold_the_logits(dtype):
+    rows, width, vocabulary, chunk = 64, 4, 1000, 50
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,))
+    with LargestTensor() as chunks:
+        log_probs, entropy = token_log_probs(
+            hidden, weight, targets, return_entropy=True, chunk_size=chunk, softcap=3.0
+        )
+        (log_probs.sum() + entropy.sum()).backward()
+    # The weight's gradient is the largest tensor that must exist.
+    assert chunks.elements == max(vocabulary * width, rows * chunk)
+    with LargestTensor() as whole:
+        dense(hidden, weight, targets)
+    assert whole.elements == rows * vocabulary
+
+
+def test_log_probs_default_chunk_is_bounded(monkeypatch):
+    monkeypatch.setattr("prefix_attn.losses.CPU_CHUNK_ELEMENTS", 2**13)
+    hidden, weight = torch.randn(32, 4), torch.randn(1000, 4)
+    with LargestTensor() as chunks:
+        token_log_probs(hidden, weight, torch.zeros(32, dtype=torch.int64))
+    assert chunks.elements == 2**13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.full((T,), V)}, f"targets must be 0 to {V - 1}, got {V}"),
+        ({"targets": torch.full((T,), -100)}, "got -100; leave out"),
+        ({"targets": torch.zeros(T)}, "targets must be integers, got torch.float32"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets must have shape \(13,\)"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"softcap": 0}, "softcap must be positive and finite, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be a positive integer or None, got 0"),
+        ({"chunk_size": 2.0}, "chunk_size must be a positive integer or None, got 2.0"),
+        ({"hidden": torch.zeros(T, H + 1)}, r"hidden must have shape \(..., 6\).*got \(13, 7\)"),
+        ({"hidden": torch.zeros(T, H, dtype=torch.int64)}, "hidden must be a floating-point"),
+        ({"weight": torch.zeros(0, H)}, r"weight must have shape \(V, H\), got \(0, 6\)"),
+        ({"weight": torch.zeros(H)}, r"weight must have shape \(V, H\), got \(6,\)"),
+        ({"bias": torch.zeros(3)}, r"bias must have shape \(29,\), got \(3,\)"),
+    ],
+)
+def test_log_probs_refuse_wrong_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        token_log_probs(**(inputs() | change))
+
+
+def test_log_probs_refuse_wrong_types():
+    with pytest.raises(TypeError, match="temperature must be a number, got str"):
+        token_log_probs(**inputs(), temperature="hot")
+    with pytest.raises(TypeError, match="targets must be a tensor, got list"):
+        token_log_probs(**(inputs() | {"targets": [1, 2]}))
+
+
+# ---- the packed axis ----------------------------------------------------------------------------
+
+SEQUENCES = [
+    [1, 2, 3, 4, 5, 6],
+    [1, 2, 3, 4, 7],
+    [1, 2, 3, 4, 5, 8, 9],  # shares completion token 5 with the first
+    [10, 11, 12],
+    [10, 11],  # an empty completion after a prompt of two
+]
+PROMPTS = [4, 4, 4, 2, 2]
+
+
+def packed_inputs() -> tuple[PrefixLayout, Tensor, Tensor, Tensor]:
+    layout, ids = PrefixLayout.from_sequences(SEQUENCES)
+    x = inputs(rows=layout.num_tokens)
+    return layout, ids, x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+
+
+def test_packed_log_probs_match_each_sequence_alone():
+    layout, ids, hidden, weight = packed_inputs()
+    packed = packed_log_probs(hidden, weight, ids, layout, chunk_size=5)
+    assert packed.shape == layout.target_index.shape
+    on_axis = torch.zeros(layout.num_tokens, dtype=packed.dtype)
+    on_axis[layout.target_index] = packed.detach()
+    for i, sequence in enumerate(SEQUENCES):
+        rows = layout.sequence_rows(i)
+        log_p = torch.log_softmax(hidden[rows[:-1]] @ weight.t(), -1)
+        expected = log_p.gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]
+        torch.testing.assert_close(on_axis[rows[1:]], expected.detach())
+
+
+def test_completion_log_probs_match_each_sequence_alone():
+    layout, ids, hidden, weight = packed_inputs()
+    result = completion_log_probs(
+        hidden, weight, ids, layout, PROMPTS, return_entropy=True, chunk_size=5
+    )
+    assert result.mask.sum(1).tolist() == [2, 1, 3, 1, 0]
+    coefficients = torch.linspace(1.0, 2.0, result.mask.numel(), dtype=torch.float64)
+    coefficients = coefficients.view(result.mask.shape)
+    total = (coefficients * (result.log_probs + 0.3 * result.entropy)).sum()
+    grads = torch.autograd.grad(total, (hidden, weight))
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for i, (sequence, start) in enumerate(zip(SEQUENCES, PROMPTS, strict=True)):
+        rows = layout.sequence_rows(i)[start - 1 : -1]
+        targets = torch.tensor(sequence[start:], dtype=torch.int64)
+        log_probs, entropy = dense(hidden[rows], weight, targets)
+        torch.testing.assert_close(result.log_probs[i, : len(rows)], log_probs)
+        torch.testing.assert_close(result.entropy[i, : len(rows)], entropy)
+        assert not result.log_probs[i, len(rows) :].any()
+        assert not result.mask[i, len(rows) :].any()
+        expected = expected + (coefficients[i, : len(rows)] * (log_probs + 0.3 * entropy)).sum()
+    for actual, exact in zip(grads, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+def test_completion_log_probs_run_the_head_on_completions_only():
+    layout = PrefixLayout.from_lengths([500], [[3, 2]])
+    hidden, weight = torch.randn(505, 4), torch.randn(100, 4)
+    ids = torch.randint(100, (505,))
+    with LargestTensor() as largest:
+        completion_log_probs(hidden, weight, ids, layout, 500)
+    assert largest.elements <= max(505 * 2, 5 * 100)
+
+
+def test_completion_log_probs_of_a_pruned_group_are_those_of_the_rest():
+    layout, ids, hidden, weight = packed_inputs()
+    whole = completion_log_probs(hidden, weight, ids, layout, PROMPTS)
+    left = [0, 1, 3]
+    pruned, pruned_ids = PrefixLayout.from_sequences([SEQUENCES[i] for i in left])
+    rows = torch.empty(pruned.num_tokens, dtype=torch.int64)
+    for new, old in enumerate(left):
+        rows[pruned.sequence_rows(new)] = layout.sequence_rows(old)
+    result = completion_log_probs(hidden[rows], weight, pruned_ids, pruned, [4, 4, 2])
+    torch.testing.assert_close(result.log_probs, whole.log_probs[left][:, :2])
+
+
+def test_completion_log_probs_without_completions():
+    layout, ids, hidden, weight = packed_inputs()
+    result = completion_log_probs(hidden, weight, ids, layout, [len(s) for s in SEQUENCES])
+    assert result.log_probs.shape == result.mask.shape == (5, 0)
+    result.log_probs.sum().backward()
+    assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "message"),
+    [
+        (0, "got 0 for sequence 0 of 6 tokens"),
+        (3, "got 3 for sequence 4 of 2 tokens"),
+        ([1, 2], "prompt_lens must have one entry per sequence, 5, got 2"),
+    ],
+)
+def test_completion_log_probs_refuse_wrong_prompts(prompt_lens, message):
+    layout, ids, hidden, weight = packed_inputs()
+    with pytest.raises(ValueError, match=message):
+        completion_log_probs(hidden, weight, ids, layout, prompt_lens)
+
+
+def test_packed_log_probs_refuse_what_does_not_fit():
+    layout, ids, hidden, weight = packed_inputs()
+    with pytest.raises(ValueError, match=r"hidden must have shape \(12, H\)"):
+        packed_log_probs(hidden[1:], weight, ids, layout)
+    with pytest.raises(ValueError, match=r"ids must have shape \(12,\)"):
+        packed_log_probs(hidden, weight, ids[None], layout)
+    with pytest.raises(ValueError, match="the layout has queries for 5 of 12 tokens"):
+        packed_log_probs(hidden, weight, ids, layout.queries_for([0, 1]))
+    with pytest.raises(TypeError, match="layout must be a PrefixLayout, got NoneType"):
+        packed_log_probs(hidden, weight, ids, None)
+
+
+# ---- policy losses ------------------------------------------------------------------------------
+
+B, L = 5, 7
+
+
+def policy() -> dict[str, Tensor]:
+    """Ragged completions (one of them empty) with ratios far beyond the clip range."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.tensor([7, 1, 4, 0, 6])
+    log_probs = normal(B, L)
+    return {
+        "log_probs": log_probs.requires_grad_(),
+        "old_log_probs": log_probs.detach() + 0.3 * normal(B, L),
+        "advantages": normal(B),
+        "mask": (torch.arange(L) < lengths[:, None]).long(),
+        "reference_log_probs": log_probs.detach() + 0.5 * normal(B, L),
+    }
+
+
+def by_definition(
+    x: dict[str, Tensor], low: float, high: float, beta: float, *, sequence_level: bool
+) -> list[Tensor]:
+    """Per completion the losses of its tokens, one scalar at a time."""
+    losses = []
+    for i in range(B):
+        n = int(x["mask"][i].sum())
+        new, old, ref = (x[k][i, :n] for k in ("log_probs", "old_log_probs", "reference_log_probs"))
+        ratio = (new - old).exp()
+        if sequence_level and n:
+            ratio = ((new.sum() - old.sum()) / n).exp().expand(n)
+        advantage = x["advantages"][i]
+        surrogate = []
+        for r in ratio:
+            bounded = 1 - low if r < 1 - low else 1 + high if r > 1 + high else r
+            surrogate.append(min(r * advantage, bounded * advantage))
+        kl = (ref - new).exp() - (ref - new) - 1
+        losses.append(-torch.stack(surrogate) + beta * kl if n else new)
+    return losses
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_grpo_loss_matches_definition(aggregation, beta):
+    x = policy()
+    losses = by_definition(x, 0.2, 0.28, beta, sequence_level=False)
+    expected = {
+        "grpo": sum(tokens.mean() for tokens in losses if len(tokens)) / B,
+        "dapo": torch.cat(losses).sum() / 18,
+        "dr_grpo": torch.cat(losses).sum() / (B * 9),
+    }[aggregation]
+    actual = grpo_loss(**x, clip_high=0.28, beta=beta, aggregation=aggregation, max_length=9)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, x["log_probs"]), torch.autograd.grad(expected, x["log_probs"])
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_gspo_loss_matches_definition(beta):
+    x = policy()
+    losses = by_definition(x, 0.05, 0.1, beta, sequence_level=True)
+    expected = sum(tokens.mean() for tokens in losses if len(tokens)) / B
+    actual = gspo_loss(**x, clip_low=0.05, clip_high=0.1, beta=beta)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, x["log_probs"]), torch.autograd.grad(expected, x["log_probs"])
+    )
+
+
+def test_policy_losses_pass_gradcheck():
+    x = policy()
+    log_probs = x.pop("log_probs")
+    for loss in (grpo_loss, gspo_loss):
+        assert torch.autograd.gradcheck(lambda p, loss=loss: loss(p, **x, beta=0.1), [log_probs])
+
+
+@pytest.mark.parametrize("loss", [grpo_loss, gspo_loss])
+def test_first_step_is_the_policy_gradient(loss):
+    """With the sampling policy itself every ratio is 1, but has a gradient."""
+    x = policy()
+    actual = loss(x["log_probs"], None, x["advantages"], x["mask"])
+    same = loss(x["log_probs"], x["log_probs"].detach(), x["advantages"], x["mask"])
+    torch.testing.assert_close(actual, same)
+    lengths = x["mask"].sum(1).clamp(min=1)
+    expected = -(x["advantages"] / lengths / B)[:, None] * x["mask"]
+    (grad,) = torch.autograd.grad(actual, x["log_probs"])
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("loss", [grpo_loss, gspo_loss])
+@pytest.mark.parametrize("garbage", [math.inf, -math.inf, math.nan])
+def test_padding_has_no_influence(loss, garbage):
+    x = policy()
+    expected = loss(**x, beta=0.1)
+    (expected_grad,) = torch.autograd.grad(expected, x["log_probs"])
+    padding = x["mask"] == 0
+    for name in ("log_probs", "old_log_probs", "reference_log_probs"):
+        x[name] = x[name].detach().masked_fill(padding, garbage)
+    x["log_probs"].requires_grad_()
+    actual = loss(**x, beta=0.1)
+    (grad,) = torch.autograd.grad(actual, x["log_probs"])
+    assert torch.equal(actual, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "denominator"),
+    [
+        (grpo_loss, {"aggregation": "grpo"}, 5),
+        (grpo_loss, {"aggregation": "dapo"}, torch.tensor(18.0)),
+        (grpo_loss, {"aggregation": "dr_grpo", "max_length": 9}, 45),
+        (gspo_loss, {}, 5),
+    ],
+)
+def test_parts_of_a_batch_sum_to_the_whole(loss, options, denominator):
+    x = policy()
+    whole = loss(**x, **options)
+    parts = [
+        loss(**{k: v[rows] for k, v in x.items()}, **options, denominator=denominator)
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_dapo_loss_without_tokens_is_zero():
+    x = policy() | {"mask": torch.zeros(B, L)}
+    assert grpo_loss(**x, aggregation="dapo").item() == 0.0
+
+
+def test_token_advantages_are_taken_as_they_are():
+    x = policy()
+    expected = grpo_loss(**x)
+    spread = x | {"advantages": x["advantages"][:, None].expand(B, L).clone()}
+    torch.testing.assert_close(grpo_loss(**spread), expected)
+    with pytest.raises(ValueError, match=r"advantages must have shape \(5,\), one per"):
+        gspo_loss(**spread)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(B, 3)}, r"mask must have shape \(5, 7\).*got \(5, 3\)"),
+        ({"advantages": torch.ones(3)}, r"advantages must have shape .* got \(3,\)"),
+        ({"old_log_probs": torch.zeros(B, L, requires_grad=True)}, "old_log_probs must not req"),
+        ({"reference_log_probs": None, "beta": 0.1}, "beta is 0.1: reference_log_probs"),
+        ({"beta": -1.0}, "beta must be a number of at least 0, got -1.0"),
+        ({"clip_low": 1.5}, "clip_low must be 0 to 1, got 1.5"),
+        ({"clip_high": -0.1}, "clip_high must be at least 0, got -0.1"),
+        ({"denominator": 0}, "denominator must be positive and finite, got 0"),
+    ],
+)
+@pytest.mark.parametrize("loss", [grpo_loss, gspo_loss])
+def test_policy_losses_refuse_wrong_values(loss, change, message):
+    with pytest.raises(ValueError, match=message):
+        loss(**(policy() | change))
+
+
+def test_grpo_loss_refuses_wrong_aggregation():
+    with pytest.raises(ValueError, match=r"one of \['grpo', 'dapo', 'dr_grpo'\], got 'mean'"):
+        grpo_loss(**policy(), aggregation="mean")
+    with pytest.raises(ValueError, match="needs a positive max_length, got None"):
+        grpo_loss(**policy(), aggregation="dr_grpo")
+    empty = torch.zeros(0, 3)
+    with pytest.raises(ValueError, match="no completions to take the mean of"):
+        grpo_loss(empty, None, torch.zeros(0), empty)
+
+
+def test_group_advantages_match_each_group_alone():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 4.0, 2.0, 5.0], dtype=torch.float64)
+    actual = group_advantages(rewards, [3, 1, 2])
+    first = (rewards[:3] - rewards[:3].mean()) / (rewards[:3].std() + 1e-4)
+    last = (rewards[4:] - 3.5) / (math.sqrt(4.5) + 1e-4)
+    torch.testing.assert_close(actual, torch.cat([first, torch.zeros(1), last]))
+    equal = group_advantages(torch.ones(4), 2)
+    assert not equal.any()
+    with pytest.raises(ValueError, match="6 rewards don't make groups of 4"):
+        group_advantages(rewards, 4)
+    with pytest.raises(ValueError, match=r"group_sizes \[3, 2\] must be positive and sum to 6"):
+        group_advantages(rewards, [3, 2])
+
+
+def test_dpo_loss_matches_definition():
+    x = [v.detach() for v in torch.randn(4, 3, dtype=torch.float64)]
+    chosen, rejected = (v.requires_grad_() for v in x[:2])
+    margin = 0.3 * ((chosen - x[2]) - (rejected - x[3]))
+    expected = (0.9 * F.softplus(-margin) + 0.1 * F.softplus(margin)).mean()
+    actual = dpo_loss(chosen, rejected, x[2], x[3], beta=0.3, label_smoothing=0.1)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, [chosen, rejected]),
+        torch.autograd.grad(expected, [chosen, rejected]),
+    )
+    with pytest.raises(ValueError, match="reference_chosen_log_probs must not require gradients"):
+        dpo_loss(x[2], x[3], chosen, rejected)
+    with pytest.raises(ValueError, match=r"label_smoothing must be 0 to 0\.5, got 0\.7"):
+        dpo_loss(*x, label_smoothing=0.7)
+    with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
+        dpo_loss(*x, beta=0)
