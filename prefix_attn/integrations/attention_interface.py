@@ -1,0 +1,289 @@
+"""Shared-prefix attention as an attention implementation of transformers.
+
+Importing this module registers two names for `attn_implementation`. Both run `prefix_attention`
+for a packed row whose layout arrives as the keyword `prefix_layout`. For every other call, such as
+generation and padded batches, "prefix_attn" runs transformers' "sdpa" and "prefix_attn_eager" the
+model's own eager attention, with the same bits.
+
+Keyword arguments of the model reach every attention layer through wrappers, checkpointing and
+recomputation. A context variable would not: recomputation runs after the context has ended.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prefix_attn.api import prefix_attention
+from prefix_attn.layout import PrefixLayout
+
+# transformers looks for "flash", "sdpa" and "flex_attention" inside names: these hold none.
+SDPA_NAME = "prefix_attn"
+EAGER_NAME = "prefix_attn_eager"
+
+# Tensors that models hand to attention and that do not change its result.
+HARMLESS = frozenset(
+    {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch"}
+)
+
+
+class PackedRow(threading.local):
+    """The layout of the packed row that this thread's model runs, while it makes its masks."""
+
+    layout: PrefixLayout | None = None
+
+
+packed_row = PackedRow()
+
+
+class LazyMask:
+    """What a mask would be built from: a packed row never needs its T x T mask.
+
+    Attributes:
+        arguments: the keyword arguments with which transformers asked for the mask.
+        fallback: "sdpa" or "eager", whose mask it stands for.
+        layout: that of the packed row for which the mask was asked, if `enable` runs one.
+    """
+
+    ndim = 4  # generation with a static cache prepares masks outside the model and passes them in
+
+    def __init__(
+        self, arguments: dict[str, Any], fallback: str, layout: PrefixLayout | None
+    ) -> None:
+        self.arguments = arguments
+        self.fallback = fallback
+        self.layout = layout
+        self._positions_checked = False
+
+    @cached_property
+    def built(self) -> Tensor | None:
+        """The mask of the fallback, built once for all layers."""
+        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[self.fallback](**self.arguments)
+        return mask
+
+    def contiguous(self) -> Tensor | None:
+        """The mask itself, for generation that prepares it outside the model."""
+        return self.built
+
+    def __getitem__(self, index: Any) -> Any:
+        """Slices the mask, as some models do; slices that keep everything keep it lazy."""
+        length = self.arguments["kv_length"]
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(
+            part is Ellipsis
+            or (
+                isinstance(part, slice)
+                and part.start in (None, 0)
+                and part.step in (None, 1)
+                and (part.stop is None or part.stop >= length)
+            )
+            for part in parts
+        ):
+            return self
+        if self.layout is not None:
+            raise NotImplementedError(
+                f"the model slices its attention mask ({index}), which a packed row does not have"
+            )
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[self.fallback](
+            **{**self.arguments, "allow_is_causal_skip": False}
+        )
+        return mask[index]
+
+    def why_not(self, window: int | None) -> str | None:
+        """The reason why a layout can't stand for this mask, or None."""
+        asked = self.arguments
+        if "allow_is_bidirectional_skip" in asked:
+            return "its attention is bidirectional"
+        if asked.get("attention_mask") is not None:
+            return (
+                "a 2-D attention_mask came together with a prefix_layout; a packed row has no "
+                "padding, pass attention_mask=None"
+            )
+        if asked.get("use_vmap"):
+            return "it adds rules of its own to the causal mask"
+        if asked.get("local_size") not in (None, window):
+            return (
+                f"its mask is local ({asked['local_size']} tokens) but its attention names a "
+                f"sliding_window of {window}: chunked attention is not supported"
+            )
+        return None
+
+    def check_positions(self, position_ids: Any, layout: PrefixLayout) -> None:
+        """Refuses positions that do not count on along every path, once for all layers.
+
+        Args:
+            position_ids: as the layer has them: (1, T), or something that can't be checked.
+            layout: that the caller passed.
+        """
+        if self._positions_checked or not isinstance(position_ids, Tensor):
+            return
+        self._positions_checked = True
+        if position_ids.shape != (1, layout.num_tokens):
+            return
+        steps = position_ids[0, layout.target_index] - position_ids[0, layout.predictor_index]
+        if not bool((steps == 1).all()):
+            raise ValueError(
+                "position_ids must grow by one along every path of the prefix_layout: pass "
+                "position_ids=layout.position_ids[None]"
+            )
+
+
+def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
+    """Stands in for transformers' mask functions, which are called by keyword."""
+    if isinstance(arguments.get("attention_mask"), LazyMask):
+        return arguments["attention_mask"]
+    length = (
+        arguments["q_length"]
+        if "q_length" in arguments
+        else arguments["cache_position"].shape[0]  # transformers before 5
+    )
+    if length == arguments["kv_length"] and length > 1:
+        compiling = torch.compiler.is_compiling()
+        return LazyMask(arguments, fallback, None if compiling else packed_row.layout)
+    return ALL_MASK_ATTENTION_FUNCTIONS[fallback](**arguments)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    *,
+    fallback: str,
+    prefix_layout: PrefixLayout | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs one attention layer: `prefix_attention` under a layout, else the fallback.
+
+    Args:
+        module: the attention layer.
+        query: (B, Hq, T, D).
+        key: (B, Hkv, T, D), not repeated.
+        value: (B, Hkv, T, DV).
+        attention_mask: what `_make_mask` returned.
+        fallback: "sdpa" or "eager".
+        prefix_layout: that of the packed row.
+        **options: what else the layer hands over.
+
+    Returns:
+        `(out, weights)`: out (B, T, Hq, DV); the weights only if eager attention gives them.
+    """
+    if isinstance(attention_mask, LazyMask) and prefix_layout is None:
+        prefix_layout = attention_mask.layout  # for models that drop unknown keyword arguments
+    if prefix_layout is not None:
+        return _attend_packed(module, query, key, value, attention_mask, prefix_layout, options)
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.built
+    if fallback == "eager":
+        attend = eager_attention_of(module)
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[fallback]
+        for option, what in (("s_aux", "attention sinks"), ("softcap", "softcap")):
+            if options.get(option) is not None:
+                raise NotImplementedError(
+                    f"{type(module).__name__} has {what}, which sdpa does not compute; use "
+                    f"attn_implementation={EAGER_NAME!r} for calls without a prefix_layout"
+                )
+    return attend(module, query, key, value, attention_mask, **options)
+
+
+def _attend_packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    layout: PrefixLayout,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    window = options.pop("sliding_window", None)
+    softcap, sinks = options.pop("softcap", None), options.pop("s_aux", None)
+    scale, dropout = options.pop("scaling", None), options.pop("dropout", 0.0)
+    if not isinstance(layout, PrefixLayout):
+        raise TypeError(f"prefix_layout must be a PrefixLayout, got {type(layout).__name__}")
+    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"the prefix_layout has {layout.num_tokens} tokens, so the row must have shape "
+            f"(1, {layout.num_tokens}); {name} got queries {tuple(query.shape)} and keys "
+            f"{tuple(key.shape)} (batch, heads, tokens, dim). Caches and slices of a row, as in "
+            "sequence parallelism, are not supported"
+        )
+    if dropout:
+        raise ValueError(
+            f"{name} has attention dropout {dropout} in training, which shared prefixes do not "
+            "support: set attention_dropout of the model's config to 0"
+        )
+    if options.get("position_bias") is not None:
+        raise NotImplementedError(f"{name} adds a position bias, which is not supported")
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"{name} is not causal, which is not supported")
+    if options.get("output_attentions"):
+        raise NotImplementedError("attention weights (output_attentions) are not computed")
+    for option, given in options.items():
+        if isinstance(given, Tensor) and given.numel() > 1 and option not in HARMLESS:
+            raise NotImplementedError(f"{name} passes {option!r} to attention: not supported")
+    if isinstance(attention_mask, LazyMask):
+        reason = attention_mask.why_not(window)
+        if reason is not None:
+            raise ValueError(f"{name} can't run under a prefix_layout: {reason}")
+        if attention_mask.layout is None and not torch.compiler.is_compiling():
+            attention_mask.check_positions(options.get("position_ids"), layout)
+    elif attention_mask is not None:
+        raise ValueError(
+            f"{name} got an attention mask of shape {tuple(attention_mask.shape)} together with "
+            "a prefix_layout: pass attention_mask=None"
+        )
+    q, k, v = (_unit_stride(_as_autocast(x)[0].transpose(0, 1)) for x in (query, key, value))
+    out = prefix_attention(
+        q,
+        k,
+        v,
+        layout,
+        scale=None if scale is None else float(scale),
+        window_size=None if window is None else int(window),
+        softcap=softcap,
+        sinks=sinks,
+    )
+    assert isinstance(out, Tensor)
+    return out[None].contiguous(), None  # some models call view on it
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """Casts as autocast does for PyTorch's own attention."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def eager_attention_of(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention of the file that defines a layer.
+
+    Raises:
+        NotImplementedError: if it has none.
+    """
+    for cls in type(module).__mro__:  # sharding puts classes of its own in front
+        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise NotImplementedError(f"{type(module).__name__} has no eager attention to fall back to")
+
+
+for _name, _fallback in ((SDPA_NAME, "sdpa"), (EAGER_NAME, "eager")):
+    AttentionInterface.register(_name, partial(_attend, fallback=_fallback))
+    AttentionMaskInterface.register(_name, partial(_make_mask, _fallback))

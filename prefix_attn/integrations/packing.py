@@ -1,0 +1,209 @@
+"""Finds what the rows of an ordinary batch share, and moves tensors to the packed row and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefix_attn.layout import PrefixLayout
+
+LARGEST_KEY = 2**62
+HASHED_TOKENS = 4096  # at a time, for the memory that their 64-bit products need
+
+
+class PassThroughError(Exception):
+    """A batch is not packed; the message is the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """One packed row for a batch of B x L slots.
+
+    Attributes:
+        layout: of T tokens, on the device of the batch.
+        source_index: (T,) int64, flat slot from which each packed row is taken.
+        row_index: (B, L) int64, packed row of each slot, -1 at padding.
+        tokens_in: slots that are not padding.
+    """
+
+    layout: PrefixLayout
+    source_index: Tensor
+    row_index: Tensor
+    tokens_in: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(..., B, L) -> (..., 1, T)."""
+        return x.flatten(-2)[..., None, self.source_index]
+
+    def pack_features(self, x: Tensor) -> Tensor:
+        """(B, L, H) -> (1, T, H), differentiable."""
+        return x.flatten(0, 1)[self.source_index][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (B, L, ...), zero at padding; gradients are summed over shared slots."""
+        return HandBack.apply(x, self.row_index)
+
+
+class HandBack(torch.autograd.Function):
+    """Copies packed rows to the slots that share them; the gradient of a row is their sum.
+
+    The sum is taken in float32 or better and does not depend on the order of threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, row_index: Tensor) -> Tensor:
+        """packed (T, ...), row_index (B, L) -> (B, L, ...)."""
+        ctx.save_for_backward(row_index)
+        ctx.rows = packed.shape[0]
+        out = packed[row_index.clamp(min=0)]
+        padding = (row_index < 0).view(*row_index.shape, *[1] * (packed.dim() - 1))
+        return out.masked_fill_(padding, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """dpacked[r] = sum of dout over the slots of row r."""
+        (row_index,) = ctx.saved_tensors
+        shape = grad.shape[2:]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.rows + 1, *shape, dtype=dtype, device=grad.device)
+        slots = torch.where(row_index < 0, ctx.rows, row_index)  # padding has a row of its own
+        total.index_put_((slots,), grad.to(dtype), accumulate=True)
+        return total[:-1].to(grad.dtype), None
+
+
+def pack_batch(
+    content: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    min_ratio: float,
+    positions_split: bool = True,
+    same_range: bool = False,
+) -> Packing:
+    """Packs a batch if enough of it is shared.
+
+    Two slots share a row if everything up to them is the same: content and positions.
+
+    Args:
+        content: (B, L) integers that are equal where tokens are.
+        attention_mask: (B, L), non-zero at tokens, or None.
+        position_ids: (K, B, L), K kinds of positions, or None for the numbers of the columns.
+        min_ratio: least tokens in over tokens run.
+        positions_split: without an attention mask, the first kind of position starts a new
+            sequence wherever it does not count on by one, as in transformers.
+        same_range: pack only if padding has no larger position than tokens have.
+
+    Raises:
+        PassThroughError: with the reason why the batch is not packed.
+        ValueError: if a row without an attention mask starts in the middle of a sequence.
+    """
+    parts = [content.long()]
+    parts += [] if attention_mask is None else [(attention_mask != 0).long()]
+    parts += [] if position_ids is None else list(position_ids.long())
+    host = torch.stack(parts).cpu().numpy()  # the one copy to the host
+    ids, rest = host[0], host[1:]
+    if attention_mask is None:
+        valid = np.ones(ids.shape, dtype=bool)
+    else:
+        valid, rest = rest[0] > 0, rest[1:]
+    columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    positions = columns[None] if position_ids is None else rest
+
+    begins, ends = valid.copy(), valid.copy()
+    begins[:, 1:] &= ~valid[:, :-1]
+    ends[:, :-1] &= ~valid[:, 1:]
+    if (begins.sum(1) > 1).any():
+        raise PassThroughError("attention_mask has holes")
+    if attention_mask is None and position_ids is not None and positions_split:
+        restarts = np.diff(positions[0], axis=1) != 1
+        begins[:, 1:] |= restarts
+        ends[:, :-1] |= restarts
+        if ids.shape[0] == 1 and positions[0, 0, 0] != 0:
+            raise ValueError(
+                f"the row starts at position {positions[0, 0, 0]}: it is a slice of a longer one. "
+                "Slices of sequence-parallel rows are not supported"
+            )
+    starts, stops = np.flatnonzero(begins), np.flatnonzero(ends) + 1
+    if len(starts) < 2:
+        raise PassThroughError("a single sequence")
+    if (ids[valid] < 0).any():
+        raise PassThroughError("negative token ids")
+    if same_range and positions.max() > positions[:, valid].max():
+        raise PassThroughError("positions of padding change the rotary frequencies")
+
+    keys = joint_keys([ids, *positions]).ravel()
+    sequences = [torch.from_numpy(keys[a:b]) for a, b in zip(starts, stops, strict=True)]
+    layout, _ = PrefixLayout.from_sequences(sequences)
+    tokens_in = int(valid.sum())
+    # Rows that hold several sequences need a T x T mask without a layout: they always have one.
+    if len(starts) == valid.any(1).sum() and tokens_in < min_ratio * layout.num_tokens:
+        raise PassThroughError(f"tokens in / tokens run below min_ratio {min_ratio:g}")
+
+    source_index = np.empty(layout.num_tokens, dtype=np.int64)
+    row_index = np.full(ids.size, -1, dtype=np.int64)
+    for i in reversed(range(len(starts))):  # the first of those that share a row is its source
+        rows = layout.sequence_rows(i).numpy()
+        slots = np.arange(starts[i], stops[i])
+        row_index[slots] = rows
+        source_index[rows] = slots
+    device = content.device
+    return Packing(
+        layout=layout.to(device),
+        source_index=torch.from_numpy(source_index).to(device),
+        row_index=torch.from_numpy(row_index).to(device).view(content.shape),
+        tokens_in=tokens_in,
+    )
+
+
+def joint_keys(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Integers that are equal where all parts are: non-negative, of the shape of each part."""
+    key, size = np.zeros(parts[0].shape, dtype=np.int64), 1
+    for part in parts:
+        low, high = int(part.min()), int(part.max())
+        if size * (high - low + 1) > LARGEST_KEY:
+            key, part = _ranks(key), _ranks(part)
+            size, low, high = int(key.max()) + 1, 0, int(part.max())
+        span = high - low + 1
+        key, size = key * span + (part - low), size * span
+    return key
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    return np.unique(x, return_inverse=True)[1].reshape(x.shape)
+
+
+def content_of(embeddings: Tensor) -> Tensor:
+    """(B, L, H) -> (B, L) int64, equal where embeddings are, bit for bit.
+
+    Different embeddings can meet in one number, with a chance of about 2**-63: see
+    `check_content`.
+    """
+    bits = _bits(embeddings).flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+    factors = factors.to(bits.device)
+    sums = [(chunk.long() * factors).sum(1) for chunk in bits.split(HASHED_TOKENS)]
+    return (torch.cat(sums) & (2**62 - 1)).view(embeddings.shape[:2])
+
+
+def check_content(embeddings: Tensor, packing: Packing) -> None:
+    """Compares the embeddings of every slot with those of its packed row, bit for bit.
+
+    Raises:
+        PassThroughError: if two different embeddings were taken for one.
+    """
+    bits = _bits(embeddings)
+    packed = packing.pack_features(bits)[0]
+    same = packed[packing.row_index.clamp(min=0)] == bits
+    if not bool((same | (packing.row_index < 0)[..., None]).all()):
+        raise PassThroughError("inputs_embeds differ where their checksums agree")
+
+
+def _bits(x: Tensor) -> Tensor:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach().contiguous().view(kind)

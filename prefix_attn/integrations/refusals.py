@@ -1,0 +1,86 @@
+"""Models that would be wrong on a packed row, refused by name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+
+# What no attribute of a model tells.
+NAMED = {
+    "opt": "it derives positions from attention_mask",
+    "xglm": "it derives positions from attention_mask",
+    "biogpt": "it derives positions from attention_mask",
+    "bloom": "its attention adds a position bias (ALiBi)",
+    "mpt": "its attention adds a position bias (ALiBi)",
+    "doge": "its attention masks depend on keys",
+}
+
+RECURRENT = re.compile(r"Mamba|SSM|Rwkv|RWKV|GatedDelta|Lightning|ShortConv|Recurrent|XLSTM|mLSTM")
+
+
+def refuse_unsupported(backbone: PreTrainedModel) -> None:
+    """Raises if a packed row would not mean the same to a model as the batch.
+
+    Args:
+        backbone: the decoder, as `get_decoder` returns it.
+
+    Raises:
+        NotImplementedError: naming what is not supported.
+    """
+    reason = why_not(backbone)
+    if reason is not None:
+        raise NotImplementedError(
+            f"prefix_attn can't enable {type(backbone).__name__}: {reason}. Run it without enable"
+        )
+
+
+def why_not(backbone: PreTrainedModel) -> str | None:
+    """The reason why a model can't run packed rows, or None."""
+    config = backbone.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if config.model_type in NAMED:
+        return NAMED[config.model_type]
+    if getattr(type(backbone), "_is_stateful", False):
+        return "its recurrent (state space or linear attention) layers read a row in order"
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - LAYER_TYPES)
+    if unknown:
+        return (
+            f"its layer_types {unknown} are not among {sorted(LAYER_TYPES)}: recurrent, linear, "
+            "chunked and sparse layers depend on the order or number of rows"
+        )
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.Conv1d) or RECURRENT.search(type(module).__name__):
+            return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
+        if getattr(module, "is_causal", None) is False:
+            return f"{name} ({type(module).__name__}) is not causal"
+    if not type(backbone)._supports_attention_backend:
+        return "it does not call transformers' attention interface"
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    if getattr(config, "alibi", False):
+        return "its attention adds a position bias (ALiBi)"
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        return 'sdpa drops its softcap: call set_attn_implementation("eager") first'
+    return _why_not_implementation(config._attn_implementation)
+
+
+def _why_not_implementation(name: str) -> str | None:
+    """Custom attention does what packing can't know of, such as sequence parallelism."""
+    function: Any = ALL_ATTENTION_FUNCTIONS.get(name)
+    function = getattr(function, "func", function)
+    origin = getattr(function, "__module__", "")
+    if function is None or origin.split(".")[0] in ("transformers", "prefix_attn"):
+        return None
+    where = getattr(sys.modules.get(origin), "__name__", origin)
+    return (
+        f"its attention implementation {name!r} comes from {where}, which enable would replace; "
+        'sequence-parallel attention is not supported, else set_attn_implementation("sdpa") first'
+    )

@@ -1,0 +1,383 @@
+"""Shares prefixes inside a transformers model whose callers keep their ordinary batches.
+
+`enable` wraps the forward of a model's decoder: it finds what the rows of a batch share, runs one
+packed row in which every shared token lies once, and hands hidden states back in the layout of the
+batch. Importing this module also registers `attn_implementation="prefix_attn"`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefix_attn.integrations.attention_interface import EAGER_NAME, SDPA_NAME, packed_row
+from prefix_attn.integrations.packing import (
+    Packing,
+    PassThroughError,
+    check_content,
+    content_of,
+    pack_batch,
+)
+from prefix_attn.integrations.refusals import refuse_unsupported
+from prefix_attn.integrations.self_check import TESTED_MODEL_TYPES, self_check
+
+MIN_RATIO = 1.2
+WARN_AFTER = 20
+GENERATION = "past_key_values or use_cache=True"
+
+# Keywords of packed rows for flash attention: the layout says the same.
+ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+HANDLED = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
+)
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass
+class PackingStats:
+    """What `enable` did so far.
+
+    Attributes:
+        calls: of the decoder.
+        packed_calls: calls that ran as one packed row.
+        tokens_in: tokens of the packed calls' batches, padding left out.
+        tokens_run: rows that ran instead.
+        passed_through: how many calls were not packed, by reason.
+    """
+
+    calls: int = 0
+    packed_calls: int = 0
+    tokens_in: int = 0
+    tokens_run: int = 0
+    passed_through: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ratio(self) -> float:
+        """Tokens in over tokens run, 1 before the first packed call."""
+        return self.tokens_in / self.tokens_run if self.tokens_run else 1.0
+
+
+@dataclass
+class _Enabled:
+    """What `enable` keeps on the decoder."""
+
+    min_ratio: float
+    check_pending: bool
+    implementation: str  # before enable
+    forward: Callable[..., Any] | None  # set on the instance before enable
+    parameters: list[str]  # names of forward's parameters, in order
+    counts: PackingStats = field(default_factory=PackingStats)
+    warned: bool = False
+
+
+def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | None = None) -> Model:
+    """Computes prefixes that the rows of a batch share once, in every later call of the model.
+
+    Nothing else changes: batches are ordinary, (B, L) with padding on either side or (1, N) rows
+    of several sequences, and so are the outputs, except that hidden states of padding are zero.
+    Calls that can't be packed or would not gain by it run as before; `stats` counts them.
+
+    Args:
+        model: a transformers model with a causal decoder, possibly inside PEFT, DDP, FSDP or
+            `torch.compile`.
+        min_ratio: a batch is packed if its tokens are at least this many times those of its packed
+            row. Rows of several sequences are always packed: otherwise they need a mask of N x N.
+
+        self_check: before the first batch, compare packed and ordinary hidden states of a few of
+            its tokens; by default for types of models that the tests do not cover.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        TypeError: if there is no transformers model.
+        NotImplementedError: if the model's layers would be wrong on a packed row, naming them.
+        ValueError: if min_ratio is less than 1.
+    """
+    if not min_ratio >= 1:
+        raise ValueError(f"min_ratio must be at least 1, got {min_ratio}")
+    backbone = _decoder(model)
+    state = backbone.__dict__.get("_prefix_attn")
+    if state is not None:
+        state.min_ratio = min_ratio
+        return model
+    refuse_unsupported(backbone)
+    before = backbone.config._attn_implementation
+    name = EAGER_NAME if before in ("eager", EAGER_NAME) else SDPA_NAME
+    backbone.set_attn_implementation(name)
+    if backbone.config._attn_implementation != name:  # transformers only warns
+        raise NotImplementedError(
+            f"{type(backbone).__name__} does not let its attention implementation be set"
+        )
+    parameters = inspect.signature(type(backbone).forward).parameters
+    backbone._prefix_attn = _Enabled(
+        min_ratio=min_ratio,
+        check_pending=(
+            backbone.config.model_type not in TESTED_MODEL_TYPES
+            if self_check is None
+            else self_check
+        ),
+        implementation=before,
+        forward=backbone.__dict__.get("forward"),
+        parameters=list(parameters)[1:],
+    )
+    backbone.forward = MethodType(_forward, backbone)
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Undoes `enable`; a model that is not enabled stays as it is.
+
+    Raises:
+        RuntimeError: if the decoder's forward was replaced after enable.
+    """
+    backbone = _decoder(model)
+    state = backbone.__dict__.get("_prefix_attn")
+    if state is None:
+        return model
+    if getattr(backbone.forward, "__func__", None) is not _forward:
+        raise RuntimeError(
+            f"the forward of {type(backbone).__name__} was replaced after enable: undo that first"
+        )
+    del backbone.forward
+    if state.forward is not None:
+        backbone.forward = state.forward
+    del backbone._prefix_attn
+    backbone.set_attn_implementation(state.implementation)
+    return model
+
+
+def stats(model: torch.nn.Module) -> PackingStats:
+    """What the enabled model did so far.
+
+    Raises:
+        ValueError: if the model is not enabled.
+    """
+    state = _decoder(model).__dict__.get("_prefix_attn")
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not enabled: call prefix_attn.enable first")
+    return state.counts
+
+
+def _decoder(model: torch.nn.Module) -> PreTrainedModel:
+    """The module that runs the layers, inside whatever wraps the model."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for decoder in (module.get_decoder(), module.base_model):  # some call their head so
+                if isinstance(decoder, PreTrainedModel):
+                    return decoder
+    raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+
+
+@torch.compiler.disable(recursive=False)
+def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The decoder's forward after `enable`."""
+    state: _Enabled = self._prefix_attn
+    kwargs.update(zip(state.parameters, args, strict=False))
+    original = state.forward or MethodType(type(self).forward, self)
+    counts = state.counts
+    counts.calls += 1
+    if state.check_pending and not _generates(kwargs):
+        _check_once(self, state, original, kwargs)
+    try:
+        packing = _find_packing(self, kwargs, state.min_ratio)
+    except PassThroughError as reason:
+        counts.passed_through[str(reason)] += 1
+        _warn_if_idle(self, state)
+        if kwargs.get("prefix_layout") is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = kwargs["prefix_layout"].position_ids[None]
+        return original(**kwargs)
+    counts.packed_calls += 1
+    counts.tokens_in += packing.tokens_in
+    counts.tokens_run += packing.layout.num_tokens
+    return _run_packed(original, packing, kwargs, as_tuple=_wants_tuple(self, kwargs))
+
+
+@torch.compiler.disable
+def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float) -> Packing:
+    """Packs the batch of a call, or raises PassThroughError with the reason why not."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if kwargs.get("prefix_layout") is not None:
+        raise PassThroughError("the caller passes a prefix_layout")
+    if _generates(kwargs):
+        raise PassThroughError(GENERATION)
+    if kwargs.get("output_attentions") or getattr(backbone.config, "output_attentions", False):
+        raise PassThroughError("output_attentions")
+    if kwargs.get("is_causal") is False:
+        raise PassThroughError("is_causal=False")
+    for name, value in kwargs.items():
+        if name not in HANDLED and name not in ROW_KEYWORDS and _holds_tokens(value):
+            raise PassThroughError(f"the keyword {name}")
+    tokens = ids if embeds is None else embeds
+    if tokens is None or (ids is not None and embeds is not None):
+        raise PassThroughError("not exactly one of input_ids and inputs_embeds")
+    if tokens.dim() != (2 if embeds is None else 3) or not tokens.numel():
+        raise PassThroughError(f"tokens of shape {tuple(tokens.shape)}")
+    shape = tokens.shape[:2]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+        raise PassThroughError("attention_mask is not of shape (B, L)")
+    positions = _as_kinds(position_ids, shape)
+    if shape[0] == 1 and (mask is not None or positions is None):
+        raise PassThroughError("a single sequence")
+    if (
+        embeds is not None
+        and torch.is_grad_enabled()
+        and embeds.requires_grad
+        and (embeds.is_leaf or embeds.retains_grad)
+    ):
+        raise PassThroughError("the gradient of inputs_embeds itself is wanted")
+    packing = pack_batch(
+        tokens if embeds is None else content_of(embeds),
+        mask,
+        positions,
+        min_ratio=min_ratio,
+        positions_split=positions is not None and len(positions) != 3,
+        same_range=_rope_reads_range(backbone.config),
+    )
+    if embeds is not None:
+        check_content(embeds, packing)
+    return packing
+
+
+def _generates(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
+
+
+@torch.compiler.disable
+def _check_once(
+    backbone: PreTrainedModel,
+    state: _Enabled,
+    original: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> None:
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or not tokens.numel():
+        return
+
+    def run(batch: dict[str, Any]) -> Tensor:
+        hidden: Tensor = original(**batch, use_cache=False, return_dict=True).last_hidden_state
+        return hidden
+
+    def run_packed(batch: dict[str, Any]) -> Tensor | None:
+        try:
+            packing = _find_packing(backbone, batch, min_ratio=1.0)
+        except PassThroughError:
+            return None
+        hidden: Tensor = _run_packed(original, packing, batch, as_tuple=False).last_hidden_state
+        return hidden
+
+    self_check(backbone, tokens, run, run_packed)
+    state.check_pending = False
+
+
+def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
+    """(1 or B, L) or (K, 1 or B, L) position ids as (K, B, L)."""
+    if position_ids is None:
+        return None
+    if not isinstance(position_ids, Tensor) or position_ids.dim() not in (2, 3):
+        raise PassThroughError("position_ids have an unknown shape")
+    kinds = position_ids if position_ids.dim() == 3 else position_ids[None]
+    if kinds.shape[1] not in (1, shape[0]) or kinds.shape[2] != shape[1]:
+        raise PassThroughError("position_ids have an unknown shape")
+    if position_ids.dim() == 3 and len(kinds) not in (3, 4):
+        raise PassThroughError("position_ids have an unknown shape")
+    return kinds.expand(-1, shape[0], -1)
+
+
+def _holds_tokens(value: Any) -> bool:
+    """Whether a keyword may hold something for each token."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_tokens(v) for v in value)
+
+
+def _rope_reads_range(config: Any) -> bool:
+    """Whether the rotary frequencies depend on the largest position in the batch."""
+    text = repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    return "'dynamic'" in text or "'longrope'" in text
+
+
+def _wants_tuple(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("return_dict")
+    return not (getattr(backbone.config, "return_dict", True) if asked is None else asked)
+
+
+@torch.compiler.disable(recursive=False)
+def _run_packed(
+    original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any], *, as_tuple: bool
+) -> Any:
+    """Runs the packed row and hands every output back in the layout of the batch."""
+    call = {name: value for name, value in kwargs.items() if name not in ROW_KEYWORDS}
+    position_ids = kwargs.get("position_ids")
+    slots = packing.row_index.shape
+    if kwargs.get("inputs_embeds") is None:
+        call["input_ids"] = packing.pack(kwargs["input_ids"])
+    else:
+        call["inputs_embeds"] = packing.pack_features(kwargs["inputs_embeds"])
+    if position_ids is None:  # transformers numbers the columns
+        call["position_ids"] = (packing.source_index % slots[1])[None]
+    else:
+        call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *slots))
+    call.update(attention_mask=None, use_cache=False, prefix_layout=packing.layout)
+    call.pop("logits_to_keep", None)  # for the head; the decoder would drop packed rows
+    if as_tuple:
+        call["return_dict"] = True
+    packed_row.layout = packing.layout
+    try:
+        out = original(**call)
+    finally:
+        packed_row.layout = None
+    handed: dict[int, Tensor] = {}
+    for name, value in list(out.items()):
+        out[name] = _hand_back(name, value, packing, handed)
+    return out.to_tuple() if as_tuple else out
+
+
+def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor]) -> Any:
+    """An output of the packed row as an output of the batch; the same tensor only once."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_hand_back(name, v, packing, handed) for v in value)
+    if value is None:
+        return None
+    tokens = packing.layout.num_tokens
+    if isinstance(value, Tensor) and id(value) not in handed:
+        if value.dim() == 3 and value.shape[:2] == (1, tokens):
+            handed[id(value)] = packing.unpack(value[0])
+        elif value.dim() == 2 and value.shape[0] == tokens:  # router logits: slots end to end
+            handed[id(value)] = packing.unpack(value).flatten(0, 1)
+    if not isinstance(value, Tensor) or id(value) not in handed:
+        raise NotImplementedError(f"the output {name} of a packed row can't be handed back")
+    return handed[id(value)]
+
+
+def _warn_if_idle(backbone: PreTrainedModel, state: _Enabled) -> None:
+    """Warns once if many calls that were not generation were never packed."""
+    counts = state.counts
+    tried = counts.calls - counts.passed_through[GENERATION]
+    if state.warned or counts.packed_calls or tried < WARN_AFTER:
+        return
+    state.warned = True
+    reasons = ", ".join(
+        f"{reason} ({n} calls)"
+        for reason, n in counts.passed_through.most_common()
+        if reason != GENERATION
+    )
+    warnings.warn(
+        f"prefix_attn is enabled on {type(backbone).__name__} but none of {tried} calls was "
+        f"packed: {reasons}",
+        stacklevel=3,
+    )

@@ -1,0 +1,97 @@
+"""The GRPO example: a few steps, with and without sharing, are the same training run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+import prefix_attn
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "grpo.py"
+
+
+@pytest.fixture(scope="module")
+def grpo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grpo_example", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["grpo_example"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["grpo_example"]
+
+
+SMALL = ["--steps", "2", "--prompts", "2", "--group", "3", "--length", "4", "--quiet"]
+
+
+def run(grpo, tmp_path, *options):
+    threads = str(torch.get_num_threads())
+    arguments = [*SMALL, "--threads", threads, "--output", str(tmp_path / "grpo.png"), *options]
+    return grpo.main(arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--loss", "gspo"], ["--prune"]], ids=["grpo", "gspo", "pruned"]
+)
+def test_both_runs_are_the_same_training(grpo, tmp_path, capsys, options):
+    """In float32, next to the same two runs in float64."""
+    pairs = {}
+    for dtype in ("float32", "float64"):
+        pairs[dtype] = run(grpo, tmp_path, *options, "--dtype", dtype)
+        ordinary, shared = pairs[dtype]
+        assert grpo.first_other_sample(ordinary, shared) is None
+        assert ordinary.rewards == shared.rewards
+    exact = torch.tensor(pairs["float64"][0].losses, dtype=torch.float64)
+    for pair in zip(*(pairs[d][0].completions for d in pairs), strict=True):
+        assert torch.equal(*pair)
+    ordinary, shared = (torch.tensor(r.losses, dtype=torch.float64) for r in pairs["float32"])
+    # A loss is a mean of ratios times advantages, which cancel: rounding is that of its terms.
+    band = 2 * torch.finfo(torch.float32).eps * shared.new_tensor(2.0)
+    budget = 2 * (ordinary - exact).abs().max() + band
+    assert (shared - exact).abs().max() <= budget
+    assert len(shared) == 4  # two updates per step
+    assert shared.abs().max() > 1e-4  # the second update of a step has a loss
+
+    stats = prefix_attn.stats(pairs["float32"][1].model)
+    assert stats.packed_calls == 4
+    assert stats.tokens_in == pairs["float32"][0].tokens
+    assert stats.ratio > 2
+    assert (tmp_path / "grpo.png").stat().st_size > 10_000
+    assert "sampled completions: the same in every step" in capsys.readouterr().out
+
+
+def test_other_samples_are_reported(grpo, tmp_path, capsys):
+    ordinary, shared = run(grpo, tmp_path)
+    shared.completions[1] = (shared.completions[1] + 1) % 26
+    assert grpo.first_other_sample(ordinary, shared) == 1
+    args = grpo.parse([*SMALL, "--output", "a.png"])
+    assert "different from step 1 on" in grpo.report(ordinary, shared, args)
+
+
+def test_reward_is_the_share_of_following_letters(grpo):
+    prompts = torch.tensor([grpo.encode(": c"), grpo.encode(": z"), grpo.encode(": a")])
+    completions = torch.tensor([grpo.encode("defg"), grpo.encode("abzz"), grpo.encode("a. b")])
+    assert grpo.reward_of(prompts, completions).tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--group", "1"], "--group must be at least 2, got 1"),
+        (["--prompts", "27"], "--prompts must be at most 26, got 27"),
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
+        (["--output", "a.txt"], "--output must end in .png, .svg or .pdf, got a.txt"),
+    ],
+)
+def test_wrong_options_are_refused(grpo, capsys, options, message):
+    with pytest.raises(SystemExit):
+        grpo.parse(options)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""Enabled models on two processes: DDP, FSDP2 with checkpointing, tensor parallelism."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is missing")
+
+import prefix_attn  # noqa: E402
+from tests.integrations.tiny_models import (  # noqa: E402
+    build,
+    deviation,
+    loss_of,
+    pad,
+    rows_that_share,
+    tiny_config,
+)
+
+RANKS = 2
+# Two orders above the deviation of float64 runs whose norms compute in float32.
+ROUNDING = 1e2 * torch.finfo(torch.float32).eps
+
+
+def batches():
+    """One batch for each rank; the second shares nothing and is passed through."""
+    rows = rows_that_share()
+    return [pad(rows), pad([rows[1], rows[4], rows[2], rows[3][12:]])]
+
+
+def ordinary_gradients(indices=range(RANKS)):
+    """The mean over ranks of the gradients of ordinary batches."""
+    model = build(tiny_config("qwen3"))
+    for i in indices:
+        batch = batches()[i]
+        loss = loss_of(model(**batch, use_cache=False), batch["attention_mask"])
+        (loss / len(indices)).backward()
+    return {"logits": torch.ones(1)} | {n: p.grad for n, p in model.named_parameters()}
+
+
+def gradients(model):
+    found = {"logits": torch.ones(1)}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        found[name.removeprefix("module.")] = grad
+    return found
+
+
+def step(model, rank):
+    batch = batches()[rank]
+    loss_of(model(**batch, use_cache=False), batch["attention_mask"]).backward()
+    counts = prefix_attn.stats(model)
+    assert (counts.calls, counts.packed_calls) == (1, int(rank == 0)), counts
+
+
+def run_ddp(rank):
+    model = prefix_attn.enable(build(tiny_config("qwen3")), min_ratio=1.05)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    step(model, rank)
+    assert deviation(gradients(model), ordinary_gradients()) <= ROUNDING
+
+
+def run_ddp_layout(rank):
+    """A layout as a keyword of the wrapped model arrives as it is."""
+    from prefix_attn.integrations import attention_interface as interface
+
+    seen, attend = [], interface.prefix_attention
+    interface.prefix_attention = lambda q, k, v, layout, **kw: (
+        seen.append(layout) or attend(q, k, v, layout, **kw)
+    )
+    model = build(tiny_config("qwen3"), attn_implementation="prefix_attn")
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    layout, ids = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    model(
+        input_ids=ids[None],
+        position_ids=layout.position_ids[None],
+        prefix_layout=layout,
+        use_cache=False,
+    ).logits.sum().backward()
+    assert len(seen) == 2
+    assert all(one is layout for one in seen)
+
+
+def run_fsdp2(rank):
+    """Sharded parameters, the self-check on, one rank that packs and one that does not."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(tiny_config("qwen3"))
+    model.gradient_checkpointing_enable()
+    for layer in model.get_decoder().layers:
+        fully_shard(layer)
+    fully_shard(model)
+    prefix_attn.enable(model, min_ratio=1.05, self_check=True)
+    step(model, rank)
+    assert deviation(gradients(model), ordinary_gradients()) <= ROUNDING
+
+
+def run_tensor_parallel(rank):
+    import tempfile
+
+    path = [tempfile.mkdtemp()] if rank == 0 else [None]
+    if rank == 0:
+        build(tiny_config("qwen3"), torch.float32).save_pretrained(path[0])
+    dist.broadcast_object_list(path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    batch = batches()[0]
+    mask = batch["attention_mask"].bool()
+    want = load(path[0])(**batch).logits[mask]
+    model = load(path[0], tp_plan="auto")
+    ordinary = model(**batch).logits[mask]
+    prefix_attn.enable(model, min_ratio=1.0)
+    found = model(**batch).logits[mask]
+    assert prefix_attn.stats(model).packed_calls == 1
+    assert model.get_decoder().layers[0].self_attn.q_proj.weight.to_local().shape[0] == 32
+    band = ROUNDING * want.abs().max()
+    assert (ordinary - want).abs().max() <= band
+    assert (found - want).abs().max() <= band
+
+
+def worker(rank, run, port):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    try:
+        run(rank)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("run", [run_ddp, run_ddp_layout, run_fsdp2, run_tensor_parallel])
+def test_two_ranks(run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (run, port), nprocs=RANKS)

@@ -1,0 +1,669 @@
+"""What `enable` packs, what it passes through or refuses, and what it survives."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import prefix_attn  # noqa: E402
+from prefix_attn.integrations.transformers import WARN_AFTER  # noqa: E402
+from tests.integrations.tiny_models import (  # noqa: E402
+    VOCAB,
+    KeepDouble,
+    as_row,
+    build,
+    deviation,
+    pad,
+    rows_that_share,
+    run,
+    tiny_config,
+)
+
+EPS = torch.finfo(torch.float64).eps
+# Two orders above the largest deviation of test_transformers_exact, seven below a wrong token.
+ROUNDING = 1e4 * EPS
+
+
+@pytest.fixture
+def model():
+    return build(tiny_config("qwen3"))
+
+
+@pytest.fixture
+def batch():
+    return pad(rows_that_share())
+
+
+def assert_same_when_enabled(model, batch, packed=True, **options):
+    """Runs a batch ordinarily and enabled; returns the statistics."""
+    with KeepDouble():
+        prefix_attn.disable(model)
+        ordinary = run(model, batch, **options)
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = run(model, batch, **options)
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls == int(packed), counts
+    assert deviation(found, ordinary) <= ROUNDING
+    return counts
+
+
+# ---- statistics and the threshold ---------------------------------------------------------------
+
+
+def test_stats_count_tokens_in_and_run(model, batch):
+    counts = assert_same_when_enabled(model, batch)
+    assert counts.tokens_in == sum(len(row) for row in rows_that_share()) == 106
+    layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    assert counts.tokens_run == layout.num_tokens
+    assert counts.ratio == counts.tokens_in / counts.tokens_run
+
+
+def test_below_the_threshold_nothing_is_packed(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(**batch)
+    ratio = prefix_attn.stats(model).ratio
+    prefix_attn.enable(model, min_ratio=ratio * 1.01)
+    model(**batch)
+    counts = prefix_attn.stats(model)
+    assert (counts.calls, counts.packed_calls) == (2, 1)
+    assert "min_ratio" in next(iter(counts.passed_through))
+
+
+def test_a_min_ratio_below_one_is_refused(model):
+    with pytest.raises(ValueError, match=r"min_ratio must be at least 1, got 0\.5"):
+        prefix_attn.enable(model, min_ratio=0.5)
+
+
+def test_a_warning_says_once_why_nothing_was_packed(model, batch):
+    prefix_attn.enable(model, min_ratio=100)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(WARN_AFTER + 5):
+            model(**batch)
+    texts = [str(w.message) for w in caught if "prefix_attn" in str(w.message)]
+    assert len(texts) == 1
+    assert f"none of {WARN_AFTER} calls" in texts[0]
+    assert "min_ratio 100" in texts[0]
+
+
+def test_generation_does_not_count_towards_the_warning(model, batch):
+    prefix_attn.enable(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**pad(rows_that_share(), "left"), max_new_tokens=WARN_AFTER + 5)
+
+
+def test_stats_of_a_model_that_is_not_enabled_are_refused(model):
+    with pytest.raises(ValueError, match="not enabled"):
+        prefix_attn.stats(model)
+
+
+def test_enable_needs_a_transformers_model():
+    with pytest.raises(TypeError, match="Linear"):
+        prefix_attn.enable(torch.nn.Linear(2, 2))
+
+
+def test_without_transformers_enable_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import prefix_attn\n"
+        "for name in ('enable', 'disable', 'stats'):\n"
+        "    try: getattr(prefix_attn, name)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all("pip install prefix-attn[hf]" in line for line in lines)
+
+
+# ---- on and off ---------------------------------------------------------------------------------
+
+
+def test_disable_restores_the_model(model, batch):
+    before = {k: v for k, v in model.get_decoder().__dict__.items() if not k.startswith("__")}
+    implementation = model.config._attn_implementation
+    want = run(model, batch)
+    prefix_attn.enable(model)
+    prefix_attn.disable(prefix_attn.disable(model))
+    assert model.get_decoder().__dict__.keys() == before.keys()
+    assert model.config._attn_implementation == implementation
+    found = run(model, batch)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_disable_refuses_when_forward_was_replaced(model):
+    prefix_attn.enable(model)
+    decoder = model.get_decoder()
+    decoder.forward = lambda **kwargs: None
+    with pytest.raises(RuntimeError, match="replaced after enable"):
+        prefix_attn.disable(model)
+
+
+def test_an_instance_forward_is_kept(model, batch):
+    """Patches of other libraries, set on the instance before enable, still run."""
+    decoder = model.get_decoder()
+    inner, seen = decoder.forward, []
+
+    def patched(**kwargs):
+        seen.append(kwargs["input_ids"].shape)
+        return inner(**kwargs)
+
+    decoder.forward = patched
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(**batch)
+    assert seen[0][0] == 1
+    prefix_attn.disable(model)
+    assert decoder.forward is patched
+
+
+def test_a_deep_copy_runs_its_own_weights(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    twin = copy.deepcopy(model)
+    want = model(**batch).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(**batch).logits, want)
+    assert prefix_attn.stats(twin).packed_calls == 1
+    assert prefix_attn.stats(model).packed_calls == 1
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_without_a_mask(model, side):
+    batch = pad(rows_that_share(), side)
+    del batch["attention_mask"]  # padding counts as tokens then
+    assert_same_when_enabled(model, batch)
+
+
+def test_position_ids_of_one_row_serve_all(model, batch):
+    length = batch["input_ids"].shape[1]
+    assert_same_when_enabled(model, {**batch, "position_ids": torch.arange(length)[None] + 3})
+
+
+def test_equal_tokens_at_other_positions_are_not_shared(model):
+    """Two equal rows, one shifted by padding, and rotary positions that count columns."""
+    row = rows_that_share()[0]
+    ids = torch.zeros(2, len(row) + 4, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    ids[0, : len(row)], mask[0, : len(row)] = row, 1
+    ids[1, 4:], mask[1, 4:] = row, 1
+    counts = assert_same_when_enabled(model, {"input_ids": ids, "attention_mask": mask})
+    assert counts.tokens_run == counts.tokens_in
+    depth = (mask.cumsum(1) - 1).clamp(min=0)
+    counts = assert_same_when_enabled(
+        model, {"input_ids": ids, "attention_mask": mask, "position_ids": depth}
+    )
+    assert counts.tokens_run == len(row)
+
+
+def test_positions_that_restart_within_rows_split_them(model):
+    """Two rows of two sequences each, no attention mask: four sequences."""
+    a, b = rows_that_share()[0], rows_that_share()[2]
+    rows = [torch.cat([a, b]), torch.cat([b, a])]
+    positions = [
+        torch.cat([torch.arange(len(x)), torch.arange(len(y))]) for x, y in ((a, b), (b, a))
+    ]
+    batch = {"input_ids": torch.stack(rows), "position_ids": torch.stack(positions)}
+    counts = assert_same_when_enabled(model, batch)
+    assert counts.tokens_run == len(a) + len(b) - 11
+
+
+def test_a_row_without_sharing_still_runs_without_a_dense_mask(model):
+    rows = [torch.arange(3, 9), torch.arange(20, 25)]
+    counts = assert_same_when_enabled(model, as_row(rows))
+    assert counts.tokens_run == counts.tokens_in == 11
+
+
+def test_flash_attention_keywords_of_a_row_are_left_out(model):
+    rows = rows_that_share()
+    bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
+    extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 18}
+    assert_same_when_enabled(model, {**as_row(rows), **extra})
+
+
+def test_empty_rows_equal_rows_and_a_prefix_that_is_a_row(model):
+    rows = rows_that_share()
+    rows = [rows[0][:0], rows[0], rows[0], rows[0][:5], rows[0][:0]]
+    counts = assert_same_when_enabled(model, pad(rows))
+    assert counts.tokens_run == len(rows[1])
+
+
+def passes_through(model, batch, reason, **options):
+    counts = assert_same_when_enabled(model, batch, packed=False, **options)
+    assert list(counts.passed_through) == [reason]
+
+
+def test_a_mask_with_holes_passes_through(model, batch):
+    batch["attention_mask"][0, 3] = 0
+    passes_through(model, batch, "attention_mask has holes")
+
+
+def test_a_mask_of_zeros_passes_through(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    batch["attention_mask"].zero_()
+    model(**batch)
+    assert list(prefix_attn.stats(model).passed_through) == ["a single sequence"]
+
+
+def test_a_four_dimensional_mask_passes_through(model, batch):
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    mask = mask.expand(len(batch["input_ids"]), -1, -1, -1)
+    model.set_attn_implementation("sdpa")
+    prefix_attn.enable(model, min_ratio=1.0)
+    found = model(input_ids=batch["input_ids"], attention_mask=mask).logits
+    assert list(prefix_attn.stats(model).passed_through) == [
+        "attention_mask is not of shape (B, L)"
+    ]
+    prefix_attn.disable(model)
+    assert torch.equal(found, model(input_ids=batch["input_ids"], attention_mask=mask).logits)
+
+
+def test_a_single_sequence_passes_through(model):
+    passes_through(model, {"input_ids": rows_that_share()[0][None]}, "a single sequence")
+
+
+def test_use_cache_passes_through(model, batch):
+    reason = "past_key_values or use_cache=True"
+    passes_through(model, batch, reason, use_cache=True)
+
+
+def test_attention_weights_pass_through(batch):
+    model = build(tiny_config("qwen3"), attn_implementation="eager")
+    want = model(**batch, output_attentions=True).attentions
+    prefix_attn.enable(model, min_ratio=1.0)
+    found = model(**batch, output_attentions=True).attentions
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert list(prefix_attn.stats(model).passed_through) == ["output_attentions"]
+
+
+def test_unknown_tensors_pass_through(model, batch):
+    extra = torch.zeros_like(batch["input_ids"])
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(**batch, token_weights=extra)
+    assert list(prefix_attn.stats(model).passed_through) == ["the keyword token_weights"]
+    model(**batch, num_items_in_batch=torch.tensor(3))
+    assert prefix_attn.stats(model).packed_calls == 1
+
+
+def test_rotary_frequencies_that_depend_on_padding_pass_through(batch):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = build(tiny_config("llama", rope_parameters=rope, max_position_embeddings=8))
+    passes_through(model, batch, "positions of padding change the rotary frequencies")
+    tight = {name: x[:, : int(batch["attention_mask"].sum(1).max())] for name, x in batch.items()}
+    assert_same_when_enabled(model, tight)
+
+
+# ---- inputs_embeds ------------------------------------------------------------------------------
+
+
+def test_equal_embeddings_are_shared(model, batch):
+    embed = model.get_input_embeddings()
+    ids = batch.pop("input_ids")
+
+    def results():
+        model.zero_grad()
+        out = model(inputs_embeds=embed(ids), **batch).logits[batch["attention_mask"].bool()]
+        weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+        (out * weight).sum().backward()
+        return {"logits": out.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+    with KeepDouble():
+        want = {name: x.clone() for name, x in results().items()}
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = results()
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls == 1
+    layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    assert counts.tokens_run == layout.num_tokens
+    assert deviation(found, want) <= ROUNDING
+
+
+def test_embeddings_that_differ_in_one_bit_are_not_shared(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    embeds[0, 0, 0] = torch.nextafter(embeds[0, 0, 0], embeds.new_tensor(9.0))
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
+    counts = prefix_attn.stats(model)
+    layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    assert counts.tokens_run == layout.num_tokens + 13  # what row 0 shared with others
+
+
+def test_colliding_checksums_are_noticed(model, batch, monkeypatch):
+    from prefix_attn.integrations import transformers as integration
+
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    monkeypatch.setattr(
+        integration, "content_of", lambda x: torch.zeros(x.shape[:2], dtype=torch.long)
+    )
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
+    assert list(prefix_attn.stats(model).passed_through) == [
+        "inputs_embeds differ where their checksums agree"
+    ]
+
+
+def test_the_gradient_of_embeddings_themselves_passes_through(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits.sum().backward()
+    assert list(prefix_attn.stats(model).passed_through) == [
+        "the gradient of inputs_embeds itself is wanted"
+    ]
+
+
+@pytest.mark.parametrize("kinds", [3, 4])
+def test_mrope_positions_are_part_of_what_must_be_equal(kinds):
+    """The decoder of Qwen2.5-VL: time, height and width, and (kinds 4) the text position first."""
+    config = transformers.Qwen2_5_VLTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLTextModel(config).double()
+    batch = pad(rows_that_share())
+    mask = batch["attention_mask"].bool()
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    positions = torch.arange(mask.shape[1]).expand(kinds, *mask.shape).clone()
+    positions[-1, 0, 2:] += 5  # row 0 has an image that is wider than those of the others
+    call = {
+        "inputs_embeds": embeds,
+        "attention_mask": batch["attention_mask"],
+        "position_ids": positions,
+        "use_cache": False,
+    }
+    with KeepDouble():
+        want = model(**call).last_hidden_state[mask]
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = model(**call).last_hidden_state[mask]
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls == 1
+    layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    assert counts.tokens_run == layout.num_tokens + 11  # row 0 shares two tokens instead of 13
+    assert (found - want).abs().max() <= ROUNDING * want.abs().max()
+
+
+# ---- outputs ------------------------------------------------------------------------------------
+
+
+def test_hidden_states_come_back_in_the_layout_of_the_batch(model, batch):
+    mask = batch["attention_mask"].bool()
+    with KeepDouble():
+        want = model(**batch, output_hidden_states=True).hidden_states
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = model(**batch, output_hidden_states=True).hidden_states
+    assert len(found) == len(want) == 3
+    for a, b in zip(found, want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b)[mask].abs().max() <= ROUNDING * b.abs().max()
+        assert not a[~mask].any()
+
+
+def test_a_tuple_comes_back_where_one_is_asked_for(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    decoder = model.get_decoder()
+    out = decoder(**batch, return_dict=False)
+    assert isinstance(out, tuple)
+    assert out[0].shape[:2] == batch["input_ids"].shape
+    assert torch.equal(out[0], decoder(batch["input_ids"], batch["attention_mask"])[0])
+    assert prefix_attn.stats(model).packed_calls == 2
+
+
+@pytest.mark.parametrize("keep", [5, torch.tensor([2, 3, 9])], ids=["last", "index"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma4_text"])
+def test_logits_to_keep(model_type, keep, batch):
+    """Gemma 4 hands the number to its decoder too, which would drop rows."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    from tests.integrations.test_transformers_exact import EXACT
+
+    model = build(tiny_config(model_type, **EXACT[model_type])).eval()
+    whole = torch.ones_like(batch["attention_mask"])
+    with KeepDouble():
+        want = model(batch["input_ids"], attention_mask=whole, use_cache=False).logits
+        want = want[:, -keep:] if isinstance(keep, int) else want[:, keep]
+        for ratio in (1.0, 100.0):  # packed, and passed through
+            prefix_attn.enable(model, min_ratio=ratio)
+            found = model(
+                batch["input_ids"], attention_mask=whole, logits_to_keep=keep, use_cache=False
+            ).logits
+            assert found.shape == want.shape
+            assert (found - want).abs().max() <= ROUNDING * want.abs().max()
+    assert prefix_attn.stats(model).packed_calls == 1
+
+
+def test_router_logits_come_back_for_every_token(batch):
+    model = build(tiny_config("qwen3_moe"))
+    mask = batch["attention_mask"].bool().flatten()
+    with KeepDouble():
+        want = model(**batch, output_router_logits=True)
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = model(**batch, output_router_logits=True)
+    assert abs(found.aux_loss - want.aux_loss) <= ROUNDING * want.aux_loss
+    for a, b in zip(found.router_logits, want.router_logits, strict=True):
+        assert a.shape == b.shape
+        assert (a - b)[mask].abs().max() <= ROUNDING * b.abs().max()
+
+
+def test_the_gradient_of_a_shared_row_is_summed_in_float32():
+    """Bfloat16 would lose all but the first of many small gradients."""
+    from prefix_attn.integrations.packing import HandBack
+
+    packed = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    out = HandBack.apply(packed, torch.zeros(1, 513, dtype=torch.long))
+    grad = torch.full((1, 513, 1), 2.0**-9, dtype=torch.bfloat16)
+    grad[0, 0] = 1.0
+    out.backward(grad)
+    assert packed.grad.item() == 2.0
+
+
+# ---- what it survives ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen3", "mistral"])
+def test_gradient_checkpointing(model_type, reentrant, batch):
+    """Recomputation uses the same layout, so that not one bit changes."""
+    model = prefix_attn.enable(build(tiny_config(model_type)), min_ratio=1.0)
+    want = run(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the method has a new name from 5.20 on
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = run(model, batch)
+    assert prefix_attn.stats(model).packed_calls == 2
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("first", ["enable", "peft"])
+def test_lora(first, model, batch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = peft.get_peft_model(copy.deepcopy(model), config)
+    weights = {n: p for n, p in plain.named_parameters() if "lora" in n}
+    if first == "enable":
+        model = prefix_attn.enable(model, min_ratio=1.0)
+    adapted = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if name in weights:
+            parameter.data.copy_(weights[name])
+    if first == "peft":
+        prefix_attn.enable(adapted, min_ratio=1.0)
+    with KeepDouble():
+        want, found = run(plain, batch), run(adapted, batch)
+    assert prefix_attn.stats(adapted).packed_calls == 1
+    assert len(want) > 1
+    assert deviation(found, want) <= ROUNDING
+
+
+@pytest.mark.parametrize("what", ["layers", "model"])
+def test_compile(what, batch):
+    """The layers one by one, and the model as a whole; three batches of different shapes."""
+    torch.compiler.reset()
+    model = build(tiny_config("llama"), torch.float32)
+    rows = rows_that_share()
+    batches = [pad(rows), pad(rows[:6]), pad(rows[1:], "left")]
+    want = [run(model, one) for one in batches]
+    prefix_attn.enable(model, min_ratio=1.0)
+    if what == "layers":
+        for layer in model.get_decoder().layers:
+            layer.compile(backend="aot_eager", dynamic=True)
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    for one, right in zip(batches, want, strict=True):
+        found = run(compiled, one)
+        found = {name.removeprefix("_orig_mod."): x for name, x in found.items()}
+        assert deviation(found, right) <= ROUNDING * 2**29  # float32
+    assert prefix_attn.stats(compiled).packed_calls == 3
+
+
+def test_autocast_matches_ordinary_autocast(batch):
+    """At most twice the error of the ordinary batch; QK norms give float32 q and k here."""
+    with KeepDouble():
+        exact = run(build(tiny_config("qwen3")), batch)["logits"]
+    model = build(tiny_config("qwen3"), torch.float32)
+
+    def error():
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            logits = model(**batch).logits[batch["attention_mask"].bool()]
+        return (logits.double() - exact).abs().max()
+
+    ordinary = error()
+    prefix_attn.enable(model, min_ratio=1.0)
+    assert error() <= 2 * ordinary
+    assert prefix_attn.stats(model).packed_calls == 1
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+REFUSED = {
+    "qwen3_next": "recurrent",
+    "mamba": "recurrent",
+    "falcon_h1": "recurrent",
+    "minimax": "linear_attention",
+    "lfm3": "conv",
+    "llama4_text": "chunked_attention",
+    "deepseek_v32": "indexed_attention",
+    "opt": "positions from attention_mask",
+    "bloom": "position bias",
+    "mpt": "position bias",
+    "doge": "masks depend on keys",
+    "gptj": "attention interface",
+    "bert": "not causal",
+    "bart": "not causal",
+}
+
+
+@pytest.mark.parametrize("model_type", list(REFUSED))
+def test_models_that_would_be_wrong_are_refused_by_name(model_type):
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    with pytest.raises(NotImplementedError, match=REFUSED[model_type]):
+        prefix_attn.enable(model)
+    assert decoder.config._attn_implementation == before
+    assert "forward" not in decoder.__dict__
+
+
+def test_custom_attention_is_not_replaced(model):
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("ulysses_test", lambda *args, **kwargs: None)
+    model.set_attn_implementation("ulysses_test")
+    with pytest.raises(NotImplementedError, match=r"ulysses_test.*sequence-parallel"):
+        prefix_attn.enable(model)
+
+
+def test_attention_dropout_is_refused_in_training_only(batch):
+    model = build(tiny_config("llama", attention_dropout=0.1))
+    prefix_attn.enable(model, min_ratio=1.0)
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1 in training"):
+        model(**batch)
+    model.eval()(**batch)
+    assert prefix_attn.stats(model).packed_calls == 2
+
+
+def test_a_row_that_starts_in_the_middle_of_a_sequence_is_refused(model):
+    row = as_row(rows_that_share())
+    prefix_attn.enable(model)
+    with pytest.raises(ValueError, match=r"starts at position 5.*sequence-parallel"):
+        model(input_ids=row["input_ids"][:, 5:], position_ids=row["position_ids"][:, 5:])
+
+
+# ---- the self-check -----------------------------------------------------------------------------
+
+
+class ShiftLayer(torch.nn.Module):
+    """Mixes each token with the one before it in the row, which packing does not know."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, *args, **kwargs):
+        hidden = self.layer(hidden, *args, **kwargs)
+        before = torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return hidden + 0.5 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_check_refuses_a_model_that_mixes_neighbours(dtype, batch):
+    model = build(tiny_config("llama"), dtype)
+    model.get_decoder().layers[0] = ShiftLayer(model.get_decoder().layers[0])
+    prefix_attn.enable(model, min_ratio=1.0, self_check=True)
+    with pytest.raises(RuntimeError, match="self-check failed on LlamaModel"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma2", "qwen3_moe"])
+def test_self_check_passes_models_that_are_right(model_type, dtype, batch):
+    model = build(tiny_config(model_type), dtype)
+    prefix_attn.enable(model, min_ratio=1.0, self_check=True)
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    with KeepDouble():
+        model(**batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    counts = prefix_attn.stats(model)
+    assert (counts.calls, counts.packed_calls) == (1, 1)
+
+
+def test_self_check_runs_for_types_that_are_not_tested(batch):
+    """A type of its own, with the same layers."""
+
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own_llama"
+
+    values = tiny_config("llama").to_diff_dict()
+    values.pop("model_type")
+    model = transformers.LlamaForCausalLM(OwnConfig(**values))
+    model.get_decoder().layers[0] = ShiftLayer(model.get_decoder().layers[0])
+    prefix_attn.enable(model)
+    with pytest.raises(RuntimeError, match="own_llama"):
+        model(**batch)
+    prefix_attn.disable(model)
+    prefix_attn.enable(model, self_check=False)
+    model(**batch)
