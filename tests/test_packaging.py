@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory):
-    """Names of the files in a freshly built wheel, built from a copy of the sources."""
+def wheel(tmp_path_factory):
+    """A freshly built wheel, built from a copy of the sources."""
     sources = tmp_path_factory.mktemp("sources")
     tracked = ("pyproject.toml", "README.md", "LICENSE", "kernels", "prefix_attn")
     subprocess.run(["cp", "-a", *(ROOT / name for name in tracked), sources], check=True)
@@ -22,7 +22,13 @@ def wheel_names(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     # Without --wheel the wheel is built from the source distribution, so both are tested.
     (wheel,) = out.glob("*.whl")
-    return zipfile.ZipFile(wheel).namelist()
+    return zipfile.ZipFile(wheel)
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel):
+    """Names of the files in the wheel."""
+    return wheel.namelist()
 
 
 def run_python(code, **environment):
@@ -43,10 +49,15 @@ def test_wheel_holds_every_module(wheel_names):
     modules = {
         path.relative_to(ROOT).as_posix()
         for folder in (ROOT / "prefix_attn", ROOT / "prefix_attn" / "kernels")
-        for path in folder.glob("*.py")
+        for path in folder.rglob("*.py")
     }
     assert modules <= set(wheel_names)
     assert any(name.startswith("prefix_attn/kernels/") for name in modules)
+
+
+def test_wheel_installs_the_command(wheel):
+    (points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "prefix-attn = prefix_attn.cli:main" in wheel.read(points).decode()
 
 
 def test_wheel_is_typed(wheel_names):

@@ -1,0 +1,158 @@
+"""What the commands share: argument types, errors, widths and plain text."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+MIN_WIDTH, MAX_WIDTH = 20, 100
+
+
+class UsageError(Exception):
+    """An argument or a file is wrong: printed without a traceback, exit code 2."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument type: integers from `least` on."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return integer
+
+
+def width() -> int:
+    """Columns to write in: those of the terminal, 80 in a pipe."""
+    return max(MIN_WIDTH, min(MAX_WIDTH, shutil.get_terminal_size().columns))
+
+
+def can_print(characters: str) -> bool:
+    """Whether the encoding of the output has these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def emit(text: str) -> None:
+    """Prints; what the encoding of the output lacks is written as an escape."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def visible(text: str) -> str:
+    r"""One line that a terminal shows as it stands: no control characters.
+
+    Example:
+        >>> visible("a\n\x1b[2J")
+        'a\\n\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of a line, wide characters counted as two columns.
+
+    Example:
+        >>> cut("abcdef", 5)
+        'ab...'
+    """
+    sizes = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text]
+    if sum(sizes) <= columns:
+        return text
+    room = columns - 3
+    kept = 0
+    while kept < len(text) and sizes[kept] <= room:
+        room -= sizes[kept]
+        kept += 1
+    return (text[:kept] + "...")[: max(columns, 0)]
+
+
+def paragraph(text: str) -> str:
+    """Text wrapped to the width of the terminal."""
+    return textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values, one to a line, values wrapped beside their names.
+
+    Names that are long for the terminal have a line of their own.
+    """
+    rows = list(rows)
+    column = min(max((len(name) for name, _ in rows), default=0), width() // 3)
+    indent = " " * (column + 4)
+    lines = []
+    for name, value in rows:
+        first = f"  {name:{column}}  "
+        if len(name) > column:
+            lines.append(f"  {name}")
+            first = indent
+        lines.append(
+            textwrap.fill(
+                value,
+                width(),
+                initial_indent=first,
+                subsequent_indent=indent,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with its first column to the left, the others to the right.
+
+    Where it is wider than the terminal, every row becomes a block of names and values.
+    """
+    lines = [list(header), *map(list, rows)]
+    sizes = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    if sum(sizes) + 2 * (len(sizes) - 1) > width():
+        return "\n".join(
+            f"{line[0]}\n{pairs(zip(header[1:], line[1:], strict=True))}" for line in lines[1:]
+        )
+    return "\n".join(
+        "  ".join(
+            cell.rjust(size) if i else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def flops(count: float) -> str:
+    """FLOPs with a prefix: `1.37 TFLOP`."""
+    scaled, unit = _scaled(count, 1000, ("", "K", "M", "G", "T", "P", "E"))
+    return f"{scaled:.3g} {unit}FLOP"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary prefix: `402 MiB`."""
+    scaled, unit = _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
+
+
+def _scaled(count: float, base: int, units: Sequence[str]) -> tuple[float, str]:
+    power = 0
+    while count >= base and power < len(units) - 1:
+        count, power = count / base, power + 1
+    return count, units[power]

@@ -1,0 +1,819 @@
+"""The commands: their figures against layouts and masks, their errors, and what they need."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefix_attn import PrefixLayout, cpu
+from prefix_attn.cli import (
+    COMMANDS,
+    _parser,
+    bench,
+    estimate,
+    info,
+    inspect,
+    main,
+    rollouts,
+    terminal,
+)
+from prefix_attn.cli.costs import Group, verdict
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process; gives its code, output and errors."""
+
+    def runner(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return runner
+
+
+@pytest.fixture
+def run_json(run):
+    """The JSON object of a command that succeeds."""
+
+    def runner(*arguments):
+        code, out, _ = run(*arguments, "--json")
+        assert code == 0
+        return json.loads(out)
+
+    return runner
+
+
+def spawn(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def lines_file(path, *records):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return path
+
+
+# ---- the program --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example_that_parses(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    example = " ".join(out.split("example: prefix-attn ")[1].split())
+    assert _parser("prefix-attn").parse_args(example.split()).command == command
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, "prefix_attn 0.1.0\n")
+
+
+def test_no_command_prints_help(run):
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert all(command in err for command in COMMANDS)
+
+
+SHAPE = ("--prefix", "8", "--suffix", "4", "--group", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["estimate", "--prefix", "8"], "--suffix, --group"),
+        (["estimate", *SHAPE, "--prefix", "-5"], "argument --prefix: must be at least 0, got -5"),
+        (["estimate", *SHAPE, "--suffix", "x"], "argument --suffix: must be an integer, got 'x'"),
+        (["estimate", *SHAPE, "--group", "0"], "argument --group: must be at least 1, got 0"),
+        (["estimate", *SHAPE, "--heads", "6", "--kv-heads", "4"], "--kv-heads, got 6 and 4"),
+        (["estimate", *SHAPE, "--head-dim", "512"], "--head-dim must be 16 to 256, got 512"),
+        (["estimate", *SHAPE, "--intermediate", "9"], "--intermediate 9 needs --hidden"),
+        (["estimate", *SHAPE, "--plot", "x.txt"], "must end in .png, .svg, .pdf, got 'x.txt'"),
+        (["estimate", *SHAPE, "--plot", "no/such/x.png"], "no/such/x.png: No such file"),
+        (["estimate", *SHAPE, "--suffix", "2000000000"], "at most 2147483647 tokens"),
+        (["estimate", *SHAPE, "--prefix", "0", "--suffix", "0"], "there are no tokens"),
+        (["inspect", "no-such.jsonl"], "can't read no-such.jsonl: No such file or directory"),
+        (["inspect", "."], "can't read .: Is a directory"),
+        (["inspect", "x", "--limit", "0"], "argument --limit: must be at least 1, got 0"),
+        (["inspect", "x", "--depth", "65"], "--depth must be at most 64, got 65"),
+        (["bench", "--minutes", "0"], "argument --minutes: must be positive, got 0"),
+        (["bench", "--minutes", "soon"], "argument --minutes: must be a number, got 'soon'"),
+        (["bench", "--minutes", "nan"], "argument --minutes: must be positive, got nan"),
+        (["bench", "--heads", "3"], "--heads must be a multiple of --kv-heads, got 3 and 2"),
+    ],
+)
+def test_wrong_arguments_are_named(run, arguments, message):
+    if arguments[:1] == ["bench"] and "--heads" in arguments:
+        arguments = [*arguments, "--device", "cpu"]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_refuses_a_gpu_that_is_not_there(run):
+    code, _, err = run("bench", "--device", "cuda")
+    assert code == 2
+    assert "--device cuda: there is no CUDA device" in err
+
+
+def test_interrupt_is_not_a_traceback(run, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupted)
+    assert run("info") == (130, "", "prefix-attn info: interrupted\n")
+
+
+def test_closed_pipe_is_quiet():
+    command = [sys.executable, "-m", "prefix_attn", "estimate", *SHAPE]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()  # long before the output comes
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
+def test_output_is_escaped_where_the_encoding_lacks_it(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    terminal.emit("é")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\\xe9\n"
+
+
+def test_names_and_values_wrap_in_narrow_terminals(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    rows = [("torch", "2.13 and more of it"), ("prefix-grouper", "is not there")]
+    assert terminal.pairs(rows).splitlines() == [
+        "  torch     2.13 and",
+        "            more of it",
+        "  prefix-grouper",
+        "            is not there",
+    ]
+
+
+def test_wide_tables_become_blocks_in_narrow_terminals(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    lines = terminal.table(["", "one", "two"], [["tokens", "1" * 9, "2" * 9]])
+    assert lines.splitlines() == ["tokens", "  one  111111111", "  two  222222222"]
+    monkeypatch.setenv("COLUMNS", "40")
+    assert len(terminal.table(["", "one"], [["tokens", "1"]]).splitlines()) == 2
+
+
+# ---- estimate -----------------------------------------------------------------------------------
+
+SHAPES = [(37, 11, 3), (0, 5, 4), (9, 0, 2), (64, 64, 1), (5, 300, 2)]
+
+
+@pytest.mark.parametrize(("prefix", "suffix", "group"), SHAPES)
+def test_estimate_matches_the_layout_and_its_mask(run_json, prefix, suffix, group):
+    shape = ("--prefix", prefix, "--suffix", suffix, "--group", group)
+    heads = ("--heads", 6, "--kv-heads", 2, "--head-dim", 32, "--layers", 5, "--dtype", "fp32")
+    results = run_json("estimate", *shape, *heads)
+    layout = PrefixLayout.from_lengths([prefix], [[suffix] * group])
+    assert results["tokens"]["shared"] == layout.num_tokens
+    assert results["tokens"]["repeated"] == layout.repeated_tokens
+    flops = results["attention_forward_flops"]
+    # Two products of 2 D FLOPs for each query head and allowed pair.
+    assert flops["shared"] == 4 * 32 * 6 * 5 * int(layout.materialize().sum())
+    whole = torch.ones(prefix + suffix, prefix + suffix).tril().sum()
+    assert flops["repeated"] == 4 * 32 * 6 * 5 * group * int(whole)
+    assert flops["ratio"] == pytest.approx(layout.flop_ratio)
+    assert results["attention_training_flops"]["shared"] == 3.5 * flops["shared"]
+    q, kv = torch.empty(layout.num_tokens, 6, 32), torch.empty(layout.num_tokens, 2, 32)
+    assert results["qkvo_bytes_per_layer"]["shared"] == 2 * q.nbytes + 2 * kv.nbytes
+    assert results["kv_copies_avoided"] == group - 1
+    copy = torch.empty(2, prefix, 2, 32).nbytes
+    assert results["kv_copy_bytes_avoided_per_layer"] == (group - 1) * copy
+
+
+def test_estimate_counts_linear_layers(run_json):
+    shape = ("--prefix", 30, "--suffix", 10, "--group", 4, "--heads", 4, "--kv-heads", 2)
+    rest = ("--head-dim", 16, "--layers", 2, "--hidden", 48, "--intermediate", 80)
+    results = run_json("estimate", *shape, *rest)
+    modules = [
+        torch.nn.Linear(*size, bias=False)
+        for size in ((48, 64), (48, 32), (48, 32), (64, 48), (48, 80), (48, 80), (80, 48))
+    ]
+    weights = 2 * sum(module.weight.numel() for module in modules)
+    linear, attention = results["linear_training_flops"], results["attention_training_flops"]
+    assert linear["shared"] == 6 * weights * 70
+    assert linear["repeated"] == 6 * weights * 160
+    whole = results["layers_training_flops"]
+    assert whole["shared"] == linear["shared"] + attention["shared"]
+    assert attention["ratio"] < whole["ratio"] < linear["ratio"]
+
+
+def test_estimate_prints_its_figures(run):
+    shape = ("--prefix", 4096, "--suffix", 1024, "--group", 16, "--layers", 1)
+    code, out, _ = run("estimate", *shape)
+    assert code == 0
+    # 4 * 128 * 32 * 16 * 5120 * 5121 / 2, and 16 * 5120 rows of 80 heads of 128 in two bytes.
+    assert re.search(r"attention, forward +3\.44 TFLOP +1\.37 TFLOP +2\.50x", out)
+    assert re.search(r"Q, K, V and O of one layer +1\.56 GiB +400 MiB +4\.00x", out)
+    assert "FLOPs are not time" in out
+    assert "Worth it: a layer's FLOPs fall between 2.50x and 4.00x." in " ".join(out.split())
+    assert "prefix-attn bench --prefix 4096 --suffix 1024 --group 16" in out
+
+
+@pytest.mark.parametrize(
+    ("ratios", "text"),
+    [
+        ((1.0, 1.0), "Not worth it: no token is shared."),
+        ((1.15, 1.02), "Not worth it: a layer's FLOPs fall between 1.02x and 1.15x, less than"),
+        ((1.5, 1.1), "It depends on how much of the time is attention"),
+        ((1.5, 1.1, 1.4), "Worth it: a layer's FLOPs fall 1.40x."),
+        ((4.0, 2.5), "Worth it: a layer's FLOPs fall between 2.50x and 4.00x."),
+    ],
+)
+def test_verdict(ratios, text):
+    assert verdict(*ratios).startswith(text)
+
+
+def test_heat_map_holds_ideal_speed_ups_and_fits():
+    lines = estimate.heat_map(Group(1000, 100, 4)).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    start = next(i for i, line in enumerate(lines) if not line[:6].strip())
+    suffixes = list(map(int, lines[start].split()))
+    cells = 0
+    for line in lines[start + 1 :]:
+        prefix, *ratios = map(float, re.findall(r"[\d.]+", line))
+        for suffix, ratio in zip(suffixes, ratios, strict=True):
+            layout = PrefixLayout.from_tree([int(prefix), *[suffix] * 4], [-1, 0, 0, 0, 0])
+            assert ratio == pytest.approx(layout.flop_ratio, abs=0.0501)
+            cells += 1
+    assert cells == 10 * len(suffixes) >= 50
+    (own,) = re.findall(r"\[[\d.]+\]", "\n".join(lines))
+    assert own == f"[{PrefixLayout.from_lengths([1000], [[100] * 4]).flop_ratio:.1f}]"
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 3), (7, 0, 3), (7, 9, 1), (10**8, 10**7, 20)])
+def test_heat_map_of_odd_shapes_marks_them(shape):
+    group = Group(*shape)
+    assert f"[{group.attention_ratio:.1f}]" in estimate.heat_map(group)
+
+
+@pytest.mark.parametrize("columns", [20, 34, 52, 100])
+def test_heat_map_fits_narrow_terminals(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = estimate.heat_map(Group(1000, 100, 4)).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any("[2.6]" in line for line in lines)
+
+
+def test_heat_map_needs_no_unicode(monkeypatch):
+    monkeypatch.setattr(estimate, "can_print", lambda characters: False)
+    assert estimate.heat_map(Group(1000, 100, 4)).isascii()
+
+
+def test_estimate_plots(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "map.png"
+    code, out, _ = run("estimate", *SHAPE, "--plot", path)
+    assert code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert f"written: {path}" in out
+
+
+def test_estimate_plot_names_missing_matplotlib(run, monkeypatch, tmp_path):
+    for name in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = run("estimate", *SHAPE, "--plot", tmp_path / "map.png")
+    assert code == 2
+    assert "--plot needs matplotlib: pip install matplotlib" in err
+
+
+# ---- inspect ------------------------------------------------------------------------------------
+
+IDS = [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 4, 5, 6, 7], [7, 8]]
+
+
+@pytest.fixture
+def inspect_records(run_json, tmp_path):
+    """Inspects a file of these lines."""
+
+    def inspected(*records, options=()):
+        path = lines_file(tmp_path / "rollouts.jsonl", *records)
+        return run_json("inspect", path, *options)
+
+    return inspected
+
+
+def test_inspect_counts_tokens_and_pairs(inspect_records):
+    results = inspect_records(*IDS)
+    layout, _ = PrefixLayout.from_sequences(IDS)
+    assert results["tokens"] == {"repeated": 18, "shared": 10, "ratio": 1.8}
+    pairs = results["attention_pairs"]
+    # 15 + 10 + 28 + 3 triangles; the longest sequence, one more row of four keys, and 3.
+    assert (pairs["repeated"], pairs["shared"]) == (56, 35)
+    assert pairs["ratio"] == pytest.approx(layout.flop_ratio)
+    assert pairs["shared"] == int(layout.materialize().sum())
+    assert results["saved_share_of_tokens"] == pytest.approx(8 / 18)
+    assert (results["unit"], results["sequences"]) == ("tokens", 4)
+
+
+def test_inspect_draws_the_tree(inspect_records):
+    assert inspect_records(*IDS)["tree"] == [
+        "├─ 3 x 3  1 2 3",
+        "│  ├─ 2 x 2  4 5",
+        "│  │  └─ 2 sequences end, 0 to 2 tokens of their own",
+        "│  └─ 1 sequence ends, 1 token of its own",
+        "└─ 1 sequence that shares nothing, 2 tokens",
+    ]
+    assert inspect_records(*IDS, options=("--depth", 1))["tree"] == [
+        "├─ 3 x 3  1 2 3",
+        "│  └─ 4 segments below",
+        "└─ 1 sequence that shares nothing, 2 tokens",
+    ]
+
+
+def test_inspect_counts_prefixes_too_small_to_draw(inspect_records):
+    records = [[1, 1], [1, 2], [9] * 300]
+    assert inspect_records(*records)["tree"] == [
+        "├─ 2 sequences under 1 more shared prefix",
+        "└─ 1 sequence that shares nothing, 300 tokens",
+    ]
+
+
+def test_inspect_draws_in_ascii_and_narrow_terminals(inspect_records, monkeypatch):
+    monkeypatch.setattr(inspect, "can_print", lambda characters: False)
+    monkeypatch.setenv("COLUMNS", "24")
+    tree = inspect_records(*IDS)["tree"]
+    assert all(line.isascii() and len(line) <= 24 for line in tree)
+    assert tree[:2] == ["|- 3 x 3  1 2 3", "|  |- 2 x 2  4 5"]
+
+
+def test_inspect_prints_the_figures(run, tmp_path):
+    code, out, err = run("inspect", lines_file(tmp_path / "x.jsonl", *IDS))
+    assert (code, err) == (0, "")
+    assert re.search(r"tokens +18 +10 +1\.80x +44\.4 %", out)
+    assert re.search(r"attention, query-key pairs +56 +35 +1\.60x +37\.5 %", out)
+    assert "├─ 3 x 3  1 2 3" in out
+
+
+def test_inspect_reports_bad_lines_and_goes_on(run, tmp_path):
+    path = lines_file(
+        tmp_path / "x.jsonl", [1, 2], "\n", "oops\n", [1, 3], [1, -2], [1, True], 5, {"a": 1},
+        "[" * 100_000 + "\n", {"input_ids": [1, 2]}, {"input_ids": "text"}, {"text": "text"},
+    )  # fmt: skip
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    code, out, err = run("inspect", path, "--json")
+    results = json.loads(out)
+    assert code == 0
+    assert results["sequences"] == 3
+    reasons = {bad["line"]: bad["reason"] for bad in results["bad_lines"]}
+    assert list(reasons) == [3, 5, 6, 7, 8, 9, 11, 12, 13]
+    assert reasons[3] == "not JSON (Expecting value, column 1)"
+    assert reasons[5] == "the line has a token id outside 0 to 2147483647: -2"
+    assert reasons[6] == "the line is a list with a boolean, not text, token ids or messages"
+    assert reasons[7] == "the line is a number, not text, token ids or messages"
+    assert reasons[8] == "none of the columns this command knows; there are: 'a'"
+    assert reasons[11] == "token ids and text can't be compared without --tokenizer"
+    assert reasons[12] == "no column 'input_ids'"
+    assert reasons[13] == "not UTF-8 (byte 1)"
+    assert "line 3 left out: not JSON" in err
+    assert "4 more lines left out" in err
+    assert "Traceback" not in err
+
+
+def test_inspect_without_good_lines_is_an_error(run, tmp_path):
+    code, _, err = run("inspect", lines_file(tmp_path / "x.jsonl", "oops\n"))
+    assert code == 2
+    assert "x.jsonl holds no sequence:\n  line 1: not JSON" in err
+    code, _, err = run("inspect", lines_file(tmp_path / "x.jsonl", ""))
+    assert code == 2
+    assert err.endswith("x.jsonl holds no sequence\n")
+    code, _, err = run("inspect", lines_file(tmp_path / "x.jsonl", [], []))
+    assert code == 2
+    assert "all 2 sequences are empty" in err
+
+
+def test_inspect_names_unknown_columns(run, tmp_path):
+    path = lines_file(tmp_path / "x.jsonl", {"question": "a", "reward": 1})
+    code, _, err = run("inspect", path, "--column", "prompt")
+    assert code == 2
+    assert "--column 'prompt' is not in line 1; there are: 'question', 'reward'" in err
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert "--column; there are: 'question', 'reward'" in err
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "texts"),
+    [
+        ('"ab"', [], ["ab"]),
+        ({"text": "ab"}, [["text"]], ["ab"]),
+        ({"prompt": "a", "completion": "bc", "text": "z"}, [["prompt", "completion"]], ["abc"]),
+        ({"prompt": "a", "responses": ["b", "cd"]}, [["prompt", "responses"]], ["ab", "acd"]),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "cd"},
+            [["prompt", "chosen"], ["prompt", "rejected"]],
+            ["ab", "acd"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": None}]},
+            [["messages"]],
+            ["<user>\na\n<tool>\n\n"],
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+                "completion": [{"role": "assistant", "content": "b"}],
+            },
+            [["prompt", "completion"]],
+            ["<user>\na\n<assistant>\nb\n"],
+        ),
+    ],
+)
+def test_inspect_reads_known_columns(tmp_path, record, columns, texts):
+    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+    assert [list(path) for path in read.paths] == columns
+    assert [x.tobytes().decode() for x in read.sequences] == texts
+    assert read.unit == "bytes"
+
+
+def test_inspect_joins_columns_of_token_ids(tmp_path):
+    record = {"prompt_ids": [1, 2], "completion_ids": [3], "a": [8], "b": [[9], [7, 6]]}
+    path = str(lines_file(tmp_path / "x.jsonl", record))
+    read = rollouts.read(path, [], None, None)
+    assert [x.tolist() for x in read.sequences] == [[1, 2, 3]]
+    read = rollouts.read(path, ["a", "b"], None, None)
+    assert [x.tolist() for x in read.sequences] == [[8, 9], [8, 7, 6]]
+
+
+def test_inspect_says_that_text_is_compared_by_bytes(run, tmp_path):
+    # é and ê share the first of their two bytes.
+    path = lines_file(tmp_path / "x.jsonl", {"text": "né"}, {"text": "nê\x1b[2J"})
+    code, out, _ = run("inspect", path)
+    assert code == 0
+    assert "bytes of UTF-8" in out
+    assert re.search(r"bytes +10 +8 ", out)
+    code, out, _ = run("inspect", lines_file(tmp_path / "x.jsonl", '"\\u001b[2Jx"\n' * 2))
+    assert '2 x 5  "\\x1b[2Jx"' in out
+    assert "\x1b" not in out
+
+
+class FakeTokenizer:
+    """One token per word, one special token in front; a chat template for itself."""
+
+    def __init__(self, chat_template=None):
+        self.words = []
+        self.chat_template = chat_template
+
+    def __call__(self, text, add_special_tokens):
+        ids = []
+        for word in text.split():
+            if word not in self.words:
+                self.words.append(word)
+            ids.append(1 + self.words.index(word))
+        return {"input_ids": [0] * add_special_tokens + ids}
+
+    def decode(self, ids):
+        return " ".join("^" if i == 0 else self.words[i - 1] for i in ids)
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        if messages[0]["role"] == "robot":
+            raise RuntimeError("no robots")
+        return " ".join(f"{m['role']} {m['content']}" for m in messages)
+
+
+def use_tokenizer(monkeypatch, tokenizer):
+    def from_pretrained(name):
+        if name != "there":
+            raise OSError(f"{name} is not a local folder\nand more")
+        return tokenizer
+
+    fake = types.SimpleNamespace(
+        AutoTokenizer=types.SimpleNamespace(from_pretrained=from_pretrained)
+    )
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+
+
+def test_inspect_tokenizes(inspect_records, monkeypatch):
+    use_tokenizer(monkeypatch, FakeTokenizer())
+    records = [{"prompt": "see the dog", "completion": f"{x} run"} for x in ("it", "she")]
+    results = inspect_records(*records, options=("--tokenizer", "there"))
+    # The special token is that of the prompt alone: 1 + 3 shared, 2 each.
+    assert results["tokens"]["repeated"] == 12
+    assert results["tokens"]["shared"] == 8
+    assert results["unit"] == "tokens"
+    assert results["tree"][0] == '└─ 2 x 4  "^ see the dog"'
+
+
+def test_inspect_uses_the_chat_template(inspect_records, monkeypatch):
+    use_tokenizer(monkeypatch, FakeTokenizer(chat_template="yes"))
+    messages = [[{"role": role, "content": "hello you"}] for role in ("user", "robot")]
+    results = inspect_records(
+        *({"messages": m} for m in messages), options=("--tokenizer", "there")
+    )
+    assert results["tokens"]["repeated"] == 3  # the template has its own special tokens
+    assert not results["rendered_messages"]
+    assert results["bad_lines"] == [
+        {"line": 2, "reason": "the chat template refuses the messages: no robots"}
+    ]
+
+
+def test_inspect_names_a_tokenizer_that_fails(run, monkeypatch, tmp_path):
+    path = lines_file(tmp_path / "x.jsonl", *IDS)
+    use_tokenizer(monkeypatch, None)
+    code, _, err = run("inspect", path, "--tokenizer", "gone")
+    assert code == 2
+    assert err.endswith("--tokenizer 'gone' can't be loaded: gone is not a local folder\n")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = run("inspect", path, "--tokenizer", "there")
+    assert code == 2
+    assert "--tokenizer needs transformers: pip install transformers" in err
+
+
+def test_inspect_reads_standard_input(run, monkeypatch):
+    data = "".join(f"{ids}\n" for ids in IDS).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code, out, _ = run("inspect", "-", "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"]["shared"] == 10
+
+
+def test_inspect_limit_and_batches(inspect_records):
+    assert inspect_records(*IDS, options=("--limit", 2))["sequences"] == 2
+    results = inspect_records(*IDS, options=("--batch", 2))
+    # [1, 2, 3, 4, 5] with [1, 2, 3, 9], then the others by themselves.
+    assert results["batches"] == 2
+    assert results["tokens"]["shared"] == 6 + 9
+    assert results["attention_pairs"]["shared"] == 15 + 4 + 28 + 3
+
+
+def test_inspect_refuses_what_fills_the_memory(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(inspect, "MAX_TABLE", 16)
+    path = lines_file(tmp_path / "x.jsonl", *IDS)
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert "4 sequences of up to 7 need too much memory" in err
+    assert "--batch 2 or less" in err
+    assert run("inspect", path, "--batch", 2)[0] == 0
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_inspect_shows_progress_on_a_terminal(tmp_path, monkeypatch, has_tqdm):
+    if has_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(rollouts, "TICK_SECONDS", -1.0)
+    path = str(lines_file(tmp_path / "x.jsonl", *IDS))
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert len(rollouts.read(path, [], None, None).sequences) == 4
+    assert ("0%|" if has_tqdm else "4 lines, 100 %") in stream.getvalue()
+
+
+# ---- the page of the documentation --------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "pages" / "cli.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    re.findall(r"\$ prefix-attn ((?:estimate|inspect) .*)\n((?:.*\n)*?)```", PAGE),
+)
+def test_page_shows_what_is_printed(run, tmp_path, monkeypatch, command, shown):
+    (rollout_lines,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.S)
+    (tmp_path / "rollouts.jsonl").write_text(rollout_lines)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(*command.split())
+    assert code == 0
+    assert out == shown
+
+
+# ---- info ---------------------------------------------------------------------------------------
+
+
+def test_info_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "prefix_attn", "info", "--json"],
+        cwd=ROOT,
+        env={key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["versions"]["torch"] == str(torch.__version__)
+    assert results["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert len(results["gpus"]) == torch.cuda.device_count()
+    assert results["self_test"]["result"] == "ok"
+    assert [c["name"] for c in results["self_test"]["checks"]] == ["out", "dq", "dk", "dv"]
+    backends = results["backends"]
+    assert "needs CUDA tensors" in backends["triton"]["cpu"]["why_not"]
+    assert backends["cpu"]["cpu"] | {"auto": None} == {
+        "why_not": None,
+        "lacks": ["window_size", "softcap"],
+        "auto": None,
+    }
+    assert backends["reference"]["cpu"]["lacks"] == []
+    assert results["environment"]["TRITON_INTERPRET"]["value"] is None
+
+
+def test_info_without_triton_and_integrations_touches_no_driver():
+    gone = "triton, transformers, trl, verl, tqdm, matplotlib"
+    done = spawn(
+        f"import sys; sys.modules.update(dict.fromkeys({gone!r}.split(', ')))\n"
+        "import torch\n"
+        "from importlib import metadata\n"
+        "from prefix_attn.cli import info, main\n"
+        "info._version = lambda name: '0'  # installed, and broken\n"
+        "code = main(['info', '--json'])\n"
+        "assert not torch.cuda.is_initialized() or torch.cuda.is_available()\n"
+        "sys.exit(code)"
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert "Triton can't be imported" in results["backends"]["triton"]["cpu"]["why_not"]
+    why_not = results["integrations"]["transformers"]["why_not"]
+    assert why_not.startswith("ModuleNotFoundError: ")
+    assert results["integrations"]["prefix_grouper"]["why_not"] is None
+
+
+def test_info_prints_every_section(run, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    code, out, _ = run("info")
+    assert code == 0
+    assert re.search(r"^  torch +" + re.escape(str(torch.__version__)), out, flags=re.M)
+    assert "now '0'" in out
+    assert re.search(r"^  ok +backend ", out, flags=re.M)
+    assert all(re.search(rf"^  {name} +\d", out, flags=re.M) for name in ("dq", "dk", "dv"))
+    assert max(map(len, out.splitlines())) <= 80
+
+
+cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="breaks the CPU backend, which a GPU does not use"
+)
+
+
+@cpu_only
+def test_info_fails_where_gradients_are_wrong(run, monkeypatch):
+    right = cpu.backward
+
+    def wrong(*arguments):
+        dq, dk, dv, dsinks = right(*arguments)
+        return dq, dk * 1.001, dv, dsinks
+
+    monkeypatch.setattr(cpu, "backward", wrong)
+    code, out, _ = run("info", "--json")
+    assert code == 1
+    test = json.loads(out)["self_test"]
+    assert test["result"] == "FAILED"
+    assert [c["name"] for c in test["checks"] if not c["ok"]] == ["dk"]
+
+
+@cpu_only
+def test_info_says_why_the_self_test_could_not_run(run, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("the library is broken")
+
+    monkeypatch.setattr(cpu, "forward", broken)
+    code, out, _ = run("info")
+    assert code == 1
+    assert re.search(r"FAILED +backend", out)
+    assert "RuntimeError: the library is broken" in " ".join(out.split())
+
+
+def test_info_lists_every_environment_variable_that_the_package_reads():
+    read = set()
+    for folder in (ROOT / "prefix_attn", ROOT / "kernels"):
+        for path in folder.rglob("*.py"):
+            text = path.read_text()
+            read |= set(re.findall(r"PREFIX_ATTN_[A-Z_]+|TRITON_INTERPRET", text))
+            read |= set(re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\"(\w+)\"", text))
+    assert "TRITON_INTERPRET" in read
+    assert read <= set(info.ENVIRONMENT)
+
+
+def test_driver_version_is_that_of_the_kernel_module(tmp_path, monkeypatch):
+    path = lines_file(
+        tmp_path / "version", "NVRM version: NVIDIA UNIX Kernel Module  570.124.06  Wed\nGCC 13.2\n"
+    )
+    monkeypatch.setattr(info, "DRIVER_FILE", path)
+    assert info._driver() == "570.124.06"
+    monkeypatch.setattr(info, "DRIVER_FILE", tmp_path / "none")
+    assert info._driver() == "unknown"
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+TINY = ("--prefix", 48, "--suffix", 16, "--group", 3, "--heads", 4, "--kv-heads", 2)
+QUICK = (*TINY, "--head-dim", 16, "--minutes", 0.0001, "--device", "cpu")
+
+
+def test_bench_compares_medians_with_the_ideal(run_json):
+    results = run_json("bench", *QUICK)
+    (row,) = results["shapes"]
+    layout = PrefixLayout.from_lengths([48], [[16] * 3])
+    assert row["ideal"] == pytest.approx(layout.flop_ratio)
+    assert row["rounds"] == bench.MIN_ROUNDS
+    repeated, ours = row["repeated_ms"], row["prefix_attn_ms"]
+    assert row["speed_up"] == repeated["median"] / ours["median"] > 0
+    assert row["share_of_ideal"] == row["speed_up"] / row["ideal"]
+    assert repeated["p20"] <= repeated["median"] <= repeated["p80"]
+    assert all(check["ok"] for check in row["checks"])
+    assert results["backend"] == row["backend"] == "cpu"
+
+
+def test_bench_prints_a_table(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # times of any length
+    code, out, _ = run("bench", *QUICK)
+    assert code == 0
+    assert re.search(r"^P48 S16 G3 +[\d.e+]+ \(.*\) +[\d.]+x +1\.60x +\d+ %$", out, re.M)
+    out = " ".join(out.split())
+    assert "fp32, 4 query heads, 2 KV heads, head dimension 16, backend cpu" in out
+    assert "of 3 interleaved rounds; repeated: SDPA." in out
+
+
+def test_bench_does_not_time_what_is_wrong(run, monkeypatch):
+    right = cpu.forward
+
+    def wrong(*arguments):
+        out, lse = right(*arguments)
+        return out * 1.001, lse
+
+    monkeypatch.setattr(cpu, "forward", wrong)
+    monkeypatch.setattr(bench, "_interleaved", None)
+    code, out, _ = run("bench", *QUICK)
+    assert code == 1
+    assert "WRONG, not timed: P48 S16 G3 4/2 D16: out " in out
+
+
+def test_bench_says_what_does_not_fit(run, monkeypatch):
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "_measured", too_much)
+    code, _, err = run("bench", *QUICK)
+    assert code == 2
+    assert "P48 S16 G3 4/2 D16 in fp32 does not fit on the GPU" in err
+
+
+def test_bench_says_when_it_takes_longer(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 4000.0)
+    device = torch.device("cpu")
+    assert bench._interleaved([print, print], device, 0.0) == [[4000.0] * 3] * 2
+    assert capsys.readouterr().err == (
+        "3 rounds of this shape take about 24 s, longer than --minutes\n"
+    )
+    bench._interleaved([print], device, 2.5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 2000.0)
+    bench._interleaved([print], device, 0.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_bench_passes_give_the_gradients_of_their_inputs():
+    shape = bench.Shape(Group(6, 2, 3), 4, 2, 16, "fp64")
+    device = torch.device("cpu")
+    shared = bench._shared(shape, device)()
+    assert [tuple(x.shape) for x in shared] == [(12, 4, 16), (12, 2, 16), (12, 2, 16)]
+    name, repeated = bench._repeated(shape, device)
+    assert name == "SDPA"
+    assert [tuple(x.shape) for x in repeated()] == [(3, 4, 8, 16), (3, 2, 8, 16), (3, 2, 8, 16)]
+
+
+@pytest.mark.parametrize("group", [(10**6, 10**4, 64), (0, 1, 5000), (1, 1, 10**6), (5000, 0, 2)])
+def test_bench_checks_a_shape_that_is_small(group):
+    small = bench.Shape(Group(*group), 8, 2, 64, "fp32").shrunk().group
+    assert 1 < small.tokens <= bench.CHECK_TOKENS
+    assert small.members >= 2
+
+
+def test_bench_fills_what_is_not_given():
+    device, shapes = bench._plan(_options("bench", "--prefix", "100", "--device", "cpu"))
+    assert device.type == "cpu"
+    assert [shape.label for shape in shapes] == ["P100 S128 G8 8/2 D64"]
+    _, shapes = bench._plan(_options("bench", "--device", "cpu"))
+    assert len(shapes) == len(bench.CPU_SHAPES)
+
+
+def _options(*arguments):
+    return _parser("prefix-attn").parse_args(arguments)
