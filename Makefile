@@ -2,11 +2,13 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 OLD_VENV := .venv-triton36
+HF_VENV := .venv-hf
+VERL_VENV := .venv-verl
 BIN := $(VENV)/bin
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test bench bench-full docs build check clean
+.PHONY: help dev fmt lint type test test-hf test-verl bench bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,6 +27,23 @@ $(OLD_VENV)/.stamp: pyproject.toml
 		pytest pytest-xdist hypothesis
 	touch $@
 
+$(HF_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(HF_VENV)
+	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[hf,trl]' \
+		accelerate peft prefix-grouper pytest pytest-xdist hypothesis
+	touch $@
+
+# verl lists what all its engines and rollouts need: this is what its FSDP engine imports.
+$(VERL_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e . 'transformers==5.10.*' \
+		'tensordict<=0.10' accelerate codetiming datasets dill omegaconf peft pillow ray \
+		pytest hypothesis
+	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps verl==0.9.1
+	touch $@
+
 dev: $(VENV)/.stamp ## make .venv with everything needed (PYTHON=python3 picks the interpreter)
 
 fmt: dev ## format, and fix what can be fixed
@@ -39,16 +58,40 @@ type: dev ## check types
 	$(BIN)/mypy
 
 test: lint type $(OLD_VENV)/.stamp ## everything that CI runs
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 --ignore=tests/interpreter
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 \
+		--ignore=tests/interpreter --ignore=tests/integrations
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 	TRITON_INTERPRET=1 $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/interpreter
-	$(MAKE) docs
+	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q tests/test_machine_code.py \
+		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
+	$(MAKE) test-hf test-verl docs
+
+test-hf: $(HF_VENV)/.stamp ## transformers, TRL, PEFT and DTensor, in an environment of their own
+	$(HF_VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations \
+		--ignore=tests/integrations/test_verl.py
+
+test-verl: $(VERL_VENV)/.stamp ## verl, in an environment of its own
+	$(VERL_VENV)/bin/python -m pytest -q tests/integrations/test_verl.py
 
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench
 
 bench-full: dev ## measure the whole table
 	$(BIN)/python -m bench --full
+
+gpu: ## check and time on a GPU in nine minutes, with what PYTHON has installed (OUT=folder)
+	@$(PYTHON) -c 'import torch' || { echo 'make gpu needs a PYTHON with PyTorch and Triton'; exit 2; }
+	$(PYTHON) -m bench.gpu $(if $(OUT),--out "$(OUT)")
+
+gpu-tune: ## time tiles on a GPU: KERNEL=forward or backward (CASE=P,S,G,Hq,Hkv,D OUT=folder)
+	$(PYTHON) -m bench.gpu --kernel "$(KERNEL)" $(if $(CASE),--case "$(CASE)") $(if $(OUT),--out "$(OUT)")
+
+docs-tables: dev ## rewrite the tables of the docs that come from the code
+	$(BIN)/python -m bench.options_table
+	$(BIN)/python -m bench.publish
+
+docs-figures: dev ## draw the pictures of the docs from masks, schedules and results
+	$(BIN)/python docs/figures.py
 
 docs: dev ## build the documentation, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/mkdocs.yml
@@ -59,5 +102,5 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache \
-		.hypothesis
+	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) build dist out site *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -76,8 +76,8 @@ def main() -> int:
     if total.results:
         rows = report.compare(total.results)
         options.out.mkdir(parents=True, exist_ok=True)
-        report.write_csv(rows, device, options.out / "bench.csv")
-        report.draw(rows, device, options.out / "bench.png")
+        report.write_csv(rows, facts, options.out / "bench.csv")
+        report.draw(rows, facts, options.out / "bench.png")
         print(f"\n{report.table(rows)}\n")
         print(
             "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "

@@ -1,7 +1,9 @@
 """Compiles the kernels ahead of time and reports their machine code, without a GPU.
 
-`python -m bench.machine_code` compiles every kernel in the configurations that the package would
-launch. The figures say what the compiler made, not how fast it runs.
+`python -m bench.machine_code` compiles every kernel in the configurations that the package
+launches, as its own launchers call them, and holds the result against
+`bench/machine_code_budget.json`. The shares of peak come from a model that counts issue slots
+(`bench.sass`): nothing here is measured.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,20 +30,38 @@ from typing import Any
 
 import torch
 
-from prefix_attn.kernels.config import Config, Tile, select_config
+from bench import sass
+from prefix_attn.kernels.config import Config, select_config
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("forward", "backward", "delta", "reduce")
 HEAD_DIMS = (64, 80, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 # tf32: float32 inputs where torch.backends.cuda.matmul.allow_tf32 is set.
-DTYPES = ("bfloat16", "float32", "tf32")
-SHORT = {"bfloat16": "bf16", "float32": "fp32", "tf32": "tf32"}
-GROUP = 4
-NOTE = "Compiled, not measured: nothing here ran on a GPU."
-
-# Tensor-core instructions: Ampere and consumer Blackwell, Hopper, data-centre Blackwell.
-TENSOR = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA)$")
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "tf32"}
+# What changes the kernels: arguments of `prefix_attention`, where sinks stands for a tensor, and
+# the segments that a layout's queries are restricted to.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window_size": 96},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": True},
+    "bidirectional": {"prefix_causal": False},
+    "subset": {"queries_for": [1, 2]},
+}
+HEADS, KV_HEADS = 32, 8
+PROCESSORS = 132
+NOTE = (
+    "Compiled, not measured: nothing here ran on a GPU. The shares are those of a model that "
+    "counts issue slots."
+)
+# Matrix products per tile of the loops, by what the name of their function holds.
+PRODUCTS = {"forward": 2, "key": 4, "query": 3}
 REGISTERS_PER_PROCESSOR = 65536
 
 
@@ -67,38 +89,47 @@ TENSOR_MEMORY_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel in one configuration."""
+    """One kernel in one configuration.
+
+    Attributes:
+        kernel: its name without `_kernel`.
+        capability: such as 90.
+        dtype: a key of `DTYPES`.
+        head_dim: D and DV.
+        config: tiles, warps, stages.
+        options: keys of `OPTIONS`.
+    """
 
     kernel: str
     capability: int
     dtype: str
     head_dim: int
     config: Config
+    options: tuple[str, ...] = ()
 
     @classmethod
-    def from_selection(cls, kernel: str, capability: int, dtype: str, head_dim: int) -> Program:
+    def from_selection(
+        cls,
+        kernel: str,
+        capability: int,
+        dtype: str,
+        head_dim: int,
+        options: tuple[str, ...] = (),
+    ) -> Program:
         """The program that the package would launch there."""
-        torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        return cls(
-            kernel,
-            capability,
-            dtype,
-            head_dim,
-            select_config(capability, head_dim, torch_dtype, 132),
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> Program:
-        """Inverse of `json.dumps(asdict(program))`."""
-        values = json.loads(text)
-        config = values.pop("config")
-        tiles = {name: Tile(**config.pop(name)) for name in ("forward", "keys", "queries")}
-        return cls(**values, config=Config(**tiles, **config))
+        config = select_config(capability, head_dim, DTYPES[dtype], PROCESSORS)
+        return cls(kernel, capability, dtype, head_dim, config, options)
 
     @property
     def label(self) -> str:
         """A short name, unique in a report."""
-        return f"sm_{self.capability} {SHORT[self.dtype]} D{self.head_dim} {self.kernel}"
+        parts = (f"sm_{self.capability}", SHORT[self.dtype], f"D{self.head_dim}", self.kernel)
+        return " ".join((*parts, *self.options))
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether it is one of the kernels that multiply matrices."""
+        return self.kernel in ("forward", "backward")
 
     @property
     def warps(self) -> int:
@@ -118,6 +149,40 @@ class Program:
         text = " + ".join(f"{t.block_m}x{t.block_n} s{t.num_stages}" for t in tiles)
         return f"{text} w{self.warps}".strip()
 
+    def area(self, function: str) -> int:
+        """Scores in a tile of the loops of a source function."""
+        config = self.config
+        if self.kernel == "forward":
+            return config.forward.area
+        return config.keys.area if "key" in function else config.queries.area
+
+
+@dataclass(frozen=True)
+class LoopFigures:
+    """The loop over full tiles of one source function.
+
+    Attributes:
+        instructions: of one iteration of a warp.
+        issue_clocks: in which a processor quarter issues them for one block.
+        local: loads and stores of spilled registers among them.
+        tensor: tensor-core instructions among them, by name.
+        tma: loads by descriptor among them.
+        mix: instructions by pipe.
+        useful: modelled clocks of the matrix products at the processor's peak rate.
+        apart: modelled clocks of an iteration if nothing overlaps with matrix products.
+        together: the same with perfect overlap.
+    """
+
+    instructions: int
+    issue_clocks: float
+    local: int
+    tensor: dict[str, int]
+    tma: int
+    mix: dict[str, int]
+    useful: float
+    apart: float
+    together: float
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -129,8 +194,13 @@ class Figures:
         spill_loads: local memory read for the same reason.
         shared: shared memory of a block.
         tensor_memory: columns of tensor memory (sm_100).
+        instructions: in the code.
         tensor: tensor-core instructions in the code, by name.
+        tma: loads by descriptor in the code.
+        local: loads and stores of local memory in the code.
+        descriptors: whether the kernel asks for loads by descriptor.
         serialized: ptxas said that it serialized asynchronous matrix products.
+        loops: the loops over full tiles, by source function.
     """
 
     registers: int
@@ -138,8 +208,36 @@ class Figures:
     spill_loads: int
     shared: int
     tensor_memory: int = 0
+    instructions: int = 0
     tensor: dict[str, int] = field(default_factory=dict)
+    tma: int = 0
+    local: int = 0
+    descriptors: bool = False
     serialized: bool = False
+    loops: dict[str, LoopFigures] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Figures:
+        """Inverse of `json.dumps(asdict(figures))`."""
+        values = json.loads(text)
+        loops = {name: LoopFigures(**loop) for name, loop in values.pop("loops").items()}
+        return cls(**values, loops=loops)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What keeps a program from running, or from running as it should.
+
+    Attributes:
+        rule: "compile", "shared", "tensor memory", "serialized", "registers", "spills",
+            "loop spills", "tensor cores", "descriptors", "shape" or "hot loop".
+        text: the same in a sentence, with figures.
+        figures: what an exception has to allow; empty where nothing can be allowed.
+    """
+
+    rule: str
+    text: str
+    figures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,145 +265,211 @@ class Report:
             bounds.append(TENSOR_MEMORY_COLUMNS // self.figures.tensor_memory)
         return min(bounds)
 
-    def problems(self) -> list[str]:
-        """What keeps the program from running, or from running as it should; empty if nothing."""
+    def shares(self) -> tuple[float, float] | None:
+        """Modelled share of peak without and with overlap, or None where there is no loop.
+
+        For the backward, whose two kinds of programs compute S and dP twice, only the five products
+        of the mathematics count as useful.
+        """
+        if self.figures is None or not self.figures.loops:
+            return None
+        useful = apart = together = 0.0
+        for function, loop in self.figures.loops.items():
+            area = self.program.area(function)
+            products = _products(function)
+            part = 2 if products == 3 and self.program.kernel == "backward" else 0
+            useful += loop.useful / area * (products - part) / products
+            apart += loop.apart / area
+            together += loop.together / area
+        return useful / apart, useful / together
+
+    def violations(self) -> list[Violation]:
+        """What holds for every program, whatever its budget says."""
         figures, program = self.figures, self.program
         if figures is None:
-            return [f"did not compile: {self.error}"]
+            return [Violation("compile", f"did not compile: {self.error}")]
         limits = LIMITS[program.capability]
         found = []
         if figures.shared > limits.shared_per_block:
-            found.append(
-                f"needs {figures.shared} bytes of shared memory, "
-                f"sm_{program.capability} has {limits.shared_per_block}"
-            )
+            text = f"needs {figures.shared} bytes of shared memory of {limits.shared_per_block}"
+            found.append(Violation("shared", text))
         if figures.tensor_memory > TENSOR_MEMORY_COLUMNS:
-            found.append(
-                f"needs {figures.tensor_memory} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}"
-            )
+            text = f"needs {figures.tensor_memory} columns of tensor memory"
+            found.append(Violation("tensor memory", f"{text} of {TENSOR_MEMORY_COLUMNS}"))
         if figures.serialized:
-            found.append("ptxas serialized its matrix products")
-        if figures.registers <= 32 and program.kernel in ("forward", "backward"):
-            found.append(
-                f"has {figures.registers} registers and spills {figures.spill_stores} bytes: "
-                "ptxas gave up"
-            )
-        if figures.spill_stores and program.kernel == "forward":
-            found.append(f"spills {figures.spill_stores} / {figures.spill_loads} bytes")
-        if program.kernel in ("forward", "backward"):
-            # Tiles that suit full float32 are too small for Hopper's instruction in tf32.
-            missing = {
-                "bfloat16": limits.tensor not in figures.tensor,
-                "tf32": not figures.tensor,
-                "float32": False,
-            }[program.dtype]
-            if missing:
-                found.append(f"has no {limits.tensor}, only {figures.tensor or 'scalar products'}")
+            found.append(Violation("serialized", "ptxas serialized its matrix products"))
+        if figures.registers <= 32 and program.has_loop:
+            text = f"has {figures.registers} registers: ptxas gave up"
+            found.append(Violation("registers", text, (figures.registers,)))
+        if figures.spill_stores or figures.spill_loads:
+            spilled = (figures.spill_stores, figures.spill_loads)
+            text = f"spills {spilled[0]} / {spilled[1]} bytes"
+            found.append(Violation("spills", text, spilled))
+        for function, loop in figures.loops.items():
+            if loop.local:
+                text = f"has {loop.local} local-memory instructions in the full loop of {function}"
+                found.append(Violation("loop spills", text, (loop.local,)))
+        if program.has_loop:
+            found += self._missing_instructions(figures, limits.tensor)
         return found
 
-
-def signature(function: Any, dtype: str) -> dict[str, str]:
-    """Types of the arguments of a kernel, as the launchers pass them."""
-    element = "bf16" if dtype == "bfloat16" else "fp32"
-    tensors = {"q", "k", "v", "out", "dout", "dq", "dk", "dv", "grad"}
-    sums = {"lse", "dlse", "delta", "dk_part", "dv_part", "part"}
-
-    def kind(parameter: Any) -> str:
-        name = parameter.name
-        if parameter.is_constexpr:
-            return "constexpr"
-        if name == "scale":
-            return "fp32"
-        if not name.endswith("_ptr"):
-            return "i32"
-        stem = name.removesuffix("_ptr")
-        return f"*{element}" if stem in tensors else "*fp32" if stem in sums else "*i32"
-
-    return {parameter.name: kind(parameter) for parameter in function.params}
+    def _missing_instructions(self, figures: Figures, tensor: str) -> Iterator[Violation]:
+        # Full float32 has no tensor cores; tiles that suit it are too small for those of Hopper and
+        # Blackwell in tf32, which then use Ampere's.
+        dtype = self.program.dtype
+        if not figures.loops:
+            yield Violation("tensor cores", "has no loop that multiplies matrices")
+        for function, loop in figures.loops.items():
+            missing = tensor not in loop.tensor if dtype != "tf32" else not loop.tensor
+            if missing and dtype != "float32":
+                text = (
+                    f"has no {tensor} in the full loop of {function}, only {loop.tensor or 'FMA'}"
+                )
+                yield Violation("tensor cores", text)
+            if figures.descriptors and self.program.capability >= 90 and not loop.tma:
+                yield Violation("descriptors", f"has no UTMALDG in the full loop of {function}")
 
 
-def constants(program: Program) -> dict[str, Any]:
-    """Values of all constexpr parameters of all kernels."""
+def _products(function: str) -> int:
+    return next((n for word, n in PRODUCTS.items() if word in function), 2)
+
+
+class _StandInDriver:
+    """Tells Triton which GPU to compile for; there is none to launch on."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        """The architecture."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Any device has the same architecture."""
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """Nothing runs on it."""
+        return 0
+
+
+class _StandInKernel:
+    """Compiles instead of launching, with the arguments that the launcher gives."""
+
+    def __init__(self, function: Any, compiled: dict[str, list[Any]], wanted: str) -> None:
+        self.function, self.compiled, self.wanted = function, compiled, wanted
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        """Takes the place of `kernel[grid]`."""
+
+        def launch(*arguments: Any, **named: Any) -> None:
+            name = self.function.__name__.removesuffix("_kernel")
+            if name == self.wanted and not self.compiled.get(name):
+                self.function.device_caches.clear()
+                result = self.function.run(*arguments, grid=grid, warmup=True, **named)
+                self.compiled.setdefault(name, []).append(result)
+
+        return launch
+
+
+@contextlib.contextmanager
+def _replaced(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _launch(program: Program) -> Any:
+    """Calls the package as its users do; returns what the launcher had compiled."""
     import triton
-    import triton.language as tl
 
-    from prefix_attn.kernels.backward import DELTA_BLOCK_M
+    from prefix_attn import PrefixLayout, prefix_attention, triton_backend
+    from prefix_attn.kernels import backward, forward
 
-    block_d = triton.next_power_of_2(program.head_dim)
-    config = program.config
-    values = {
-        "GROUP": GROUP,
-        "D": program.head_dim,
-        "DV": program.head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_d,
-        "NUM_STAGES": config.forward.num_stages,
-        "KEYS_M": config.keys.block_m,
-        "KEYS_N": config.keys.block_n,
-        "KEYS_STAGES": config.keys.num_stages,
-        "QUERIES_M": config.queries.block_m,
-        "QUERIES_N": config.queries.block_n,
-        "QUERIES_STAGES": config.queries.num_stages,
-        "NEGATIVE_SCALE": False,
-        "HAS_DLSE": True,
-        "ACC": tl.float32,
-        "PRECISION": "tf32" if program.dtype == "tf32" else "ieee",
-        "BLOCK_M": config.forward.block_m,
-        "BLOCK_N": config.forward.block_n,
-    }
-    if program.kernel == "delta":
-        values["BLOCK_M"] = DELTA_BLOCK_M
-    if program.kernel == "reduce":
-        values["BLOCK_N"] = config.keys.block_n
-    return values
+    compiled: dict[str, list[Any]] = {}
+    stand_ins = [
+        (module, name, _StandInKernel(value, compiled, program.kernel))
+        for module in (forward, backward)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+    ]
+    # One prefix, long enough that its key tiles are split, and too few members to fill tiles.
+    layout = PrefixLayout.from_lengths([640], [[72, 300, 130]])
+    dtype = DTYPES[program.dtype]
+    arguments: dict[str, Any] = {}
+    for option in program.options:
+        arguments |= OPTIONS[option]
+    if segments := arguments.pop("queries_for", None):
+        layout = layout.queries_for(segments)
+    sizes = (
+        (layout.num_queries, HEADS),
+        (layout.num_tokens, KV_HEADS),
+        (layout.num_tokens, KV_HEADS),
+    )
+    q, k, v = (
+        torch.zeros(*size, program.head_dim, dtype=dtype, requires_grad=True) for size in sizes
+    )
+    if "sinks" in arguments:
+        arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
+    changes = [
+        *stand_ins,
+        (triton_backend, "_config", lambda *_, **__: program.config),
+        (triton_backend, "why_not", lambda *_, **__: None),
+        (torch.backends.cuda.matmul, "allow_tf32", program.dtype == "tf32"),
+    ]
+    triton.runtime.driver.set_active(_StandInDriver(program.capability))
+    with _replaced(changes):
+        out, lse = prefix_attention(q, k, v, layout, backend="triton", return_lse=True, **arguments)
+        if not compiled.get(program.kernel):
+            torch.autograd.backward((out, lse), (torch.ones_like(out), torch.ones_like(lse)))
+    if not compiled.get(program.kernel):
+        raise LookupError(f"no launcher started {program.kernel}_kernel")
+    return compiled[program.kernel][0]
 
 
 def compile_program(program: Program) -> Figures:
     """Compiles in this process, which a failing compiler may abort."""
-    import triton
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from prefix_attn.kernels import backward, forward
-
-    module = forward if program.kernel == "forward" else backward
-    function = getattr(module, f"{program.kernel}_kernel")
-    types = signature(function, program.dtype)
-    values = constants(program)
-    # The launchers' tensors are aligned; strides of whole heads are multiples of 16.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or name.startswith("stride")
-    }
-    source = ASTSource(
-        function,
-        types,
-        constexprs={name: values[name] for name, kind in types.items() if kind == "constexpr"},
-        attrs=aligned,
-    )
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
         # Triton runs ptxas with -v: its log, of exactly these flags, has registers and spills.
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
         knobs.cache.dir = folder
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", program.capability, 32),
-            options={"num_warps": program.warps, "enable_fp_fusion": True},
-        )
+        compiled = _launch(program)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     metadata = compiled.metadata
-    return read_figures(log.getvalue(), sass, metadata.shared, getattr(metadata, "tmem_size", 0))
+    return read_figures(
+        program,
+        log.getvalue(),
+        listing,
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        descriptors="descriptor_load" in compiled.asm["ttir"],
+    )
 
 
-def read_figures(log: str, sass: str, shared: int, tensor_memory: int | None) -> Figures:
-    """Reads the log of `ptxas -v` and the listing of `cuobjdump -sass`."""
+def read_figures(
+    program: Program,
+    log: str,
+    listing: str,
+    *,
+    shared: int,
+    tensor_memory: int = 0,
+    descriptors: bool = False,
+) -> Figures:
+    """Reads the log of `ptxas -v` and the listing of `nvdisasm -gi`."""
 
     def number(pattern: str) -> int:
         match = re.search(pattern, log)
@@ -313,46 +477,146 @@ def read_figures(log: str, sass: str, shared: int, tensor_memory: int | None) ->
             raise ValueError(f"no {pattern!r} in what ptxas printed:\n{log}")
         return int(match.group(1))
 
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE)
+    instructions, labels = sass.parse(listing)
+    names = Counter(x.name for x in instructions)
+    found = sass.full_loops(sass.loops(instructions, labels)) if program.has_loop else {}
     return Figures(
         registers=number(r"Used (\d+) registers"),
         spill_stores=number(r"(\d+) bytes spill stores"),
         spill_loads=number(r"(\d+) bytes spill loads"),
         shared=shared,
-        tensor_memory=tensor_memory or 0,
-        tensor=dict(Counter(opcode for opcode in opcodes if TENSOR.match(opcode))),
+        tensor_memory=tensor_memory,
+        instructions=len(instructions),
+        tensor={name: count for name, count in names.items() if sass.TENSOR.match(name)},
+        tma=names["UTMALDG"],
+        local=sum(names[name] for name in sass.LOCAL),
+        descriptors=descriptors,
         serialized="serialized" in log,
+        loops={name: _loop_figures(program, name, loop) for name, loop in sorted(found.items())},
     )
 
 
-def compile_apart(program: Program) -> Report:
-    """Compiles in a process of its own."""
-    command = [sys.executable, "-m", "bench.machine_code", "--worker", json.dumps(asdict(program))]
-    environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+def _loop_figures(program: Program, function: str, loop: sass.Loop) -> LoopFigures:
+    products = program.area(function) * _products(function)
+    padded = 1 << (program.head_dim - 1).bit_length()
+    clocks = sass.model(
+        loop,
+        program.capability,
+        program.warps,
+        useful_products=products * program.head_dim,
+        issued_products=products * padded,
+        dtype=program.dtype,
     )
-    if done.returncode == 0:
-        return Report(program, Figures(**json.loads(done.stdout.splitlines()[-1])))
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    # Triton chains its errors: the first one names the cause, the last one only the call.
-    causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b(?!.*: at \d)", line)]
-    reason = (causes or lines[-1:] or ["the compiler printed nothing"])[0]
-    return Report(program, None, f"{reason} (exit status {done.returncode})")
+    return LoopFigures(
+        instructions=len(loop.instructions),
+        issue_clocks=len(loop.instructions) * program.warps / 4,
+        local=loop.local,
+        tensor=loop.tensor,
+        tma=loop.names["UTMALDG"],
+        mix=loop.mix,
+        useful=clocks.useful,
+        apart=clocks.apart,
+        together=clocks.together,
+    )
+
+
+class Compiler:
+    """A process that compiles one program after another, and is replaced if the compiler dies."""
+
+    MARK = "figures "
+
+    def __init__(self, root: Path = ROOT) -> None:
+        """Starts nothing yet; `root` is the checkout whose kernels are compiled."""
+        self.root = root
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, program: Program) -> Report:
+        """Compiles one program."""
+        if self.process is None:
+            self._start()
+        process = self.process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.errors.seek(0)
+        self.errors.truncate()
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump(program, process.stdin)
+            process.stdin.flush()
+        for raw in process.stdout:
+            line = raw.decode(errors="replace")
+            if line.startswith(self.MARK):
+                return Report(program, Figures.from_json(line.removeprefix(self.MARK)))
+        status = process.wait()
+        self.close()
+        return Report(program, None, f"{self._reason()} (exit status {status})")
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.communicate()
+            self.process = None
+
+    def _start(self) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = str(self.root)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.machine_code", "--worker"],
+            cwd=self.root,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )
+
+    def _reason(self) -> str:
+        self.errors.seek(0)
+        text = self.errors.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        # Triton chains its errors: the first one names the cause, the last one only the call.
+        causes = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception)\b(?!.*: at \d)", line)
+        ]
+        return (causes or lines[-1:] or ["the compiler printed nothing"])[0]
+
+
+def work() -> None:
+    """Compiles what arrives on standard input until it ends."""
+    while True:
+        try:
+            program = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        print(f"{Compiler.MARK}{json.dumps(asdict(compile_program(program)))}", flush=True)
 
 
 def compile_all(
-    programs: list[Program], jobs: int, tick: Callable[[Report], None] = lambda report: None
+    programs: list[Program],
+    jobs: int,
+    tick: Callable[[Report], None] = lambda report: None,
+    root: Path = ROOT,
 ) -> list[Report]:
     """Compiles the programs, `jobs` at a time; calls tick after each, in order."""
+    local = threading.local()
+    compilers: list[Compiler] = []
 
-    def reports() -> Iterator[Report]:
+    def one(program: Program) -> Report:
+        if not hasattr(local, "compiler"):
+            local.compiler = Compiler(root)
+            compilers.append(local.compiler)
+        return local.compiler(program)
+
+    reports = []
+    try:
         with ThreadPoolExecutor(jobs) as pool:
-            for report in pool.map(compile_apart, programs):
+            for report in pool.map(one, programs):
                 tick(report)
-                yield report
-
-    return list(reports())
+                reports.append(report)
+    finally:
+        for compiler in compilers:
+            compiler.close()
+    return reports
 
 
 def selected(
@@ -368,9 +632,27 @@ def selected(
     ]
 
 
+def with_options(architectures: list[int], head_dim: int = 128) -> list[Program]:
+    """Forward and backward with each option, bfloat16."""
+    return [
+        Program.from_selection(kernel, capability, "bfloat16", head_dim, (option,))
+        for capability in architectures
+        for option in OPTIONS
+        for kernel in ("forward", "backward")
+    ]
+
+
 def quick() -> list[Program]:
-    """The set of the tests: under two minutes on two cores."""
-    return selected([80, 90], ["bfloat16"], [64, 128], ["forward", "backward"])
+    """The set of the tests: two and a half minutes on two cores."""
+    plain = selected(list(ARCHITECTURES), ["bfloat16"], list(HEAD_DIMS), ["forward", "backward"])
+    return plain + with_options([90])
+
+
+def everything() -> list[Program]:
+    """What is compiled by hand."""
+    dtypes = [dtype for dtype in DTYPES if dtype != "float16"]
+    plain = selected(list(ARCHITECTURES), dtypes, list(HEAD_DIMS), list(KERNELS))
+    return plain + with_options(list(ARCHITECTURES))
 
 
 def missing_tools() -> str:
@@ -379,7 +661,7 @@ def missing_tools() -> str:
         return "Triton is not installed: pip install triton"
     from triton import knobs
 
-    for name in ("ptxas", "ptxas_blackwell", "cuobjdump"):
+    for name in ("ptxas", "ptxas_blackwell", "nvdisasm"):
         try:
             if getattr(knobs.nvidia, name) is not None:
                 continue
@@ -390,78 +672,104 @@ def missing_tools() -> str:
 
 
 def table(reports: list[Report]) -> str:
-    """Aligned text, one line per program."""
+    """Aligned text, one line per program and one below it per full loop."""
     header = (
-        "arch", "dtype", "D", "kernel", "tiles, stages, warps", "regs", "spill st/ld", "shared KiB",
-        "blocks", "tensor cores", "problem",
+        "program", "tiles, stages, warps", "regs", "spill st/ld", "shared KiB", "blocks",
+        "instructions", "LDL+STL", "UTMALDG", "tensor cores", "share of peak (model)",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = [header]
     for report in reports:
         program, figures = report.program, report.figures
+        if figures is None:
+            lines.append((program.label, program.shape, *("-",) * (len(header) - 2)))
+            continue
+        shares = report.shares()
         lines.append(
             (
-                f"sm_{program.capability}",
-                SHORT[program.dtype],
-                str(program.head_dim),
-                program.kernel,
+                program.label,
                 program.shape,
-                *(
-                    (
-                        str(figures.registers),
-                        f"{figures.spill_stores}/{figures.spill_loads}",
-                        f"{figures.shared / 1024:.1f}",
-                        str(report.blocks),
-                        " ".join(f"{name} {count}" for name, count in figures.tensor.items()),
-                    )
-                    if figures
-                    else ("-",) * 5
-                ),
-                "; ".join(report.problems()),
+                str(figures.registers),
+                f"{figures.spill_stores}/{figures.spill_loads}",
+                f"{figures.shared / 1024:.1f}",
+                str(report.blocks),
+                str(figures.instructions),
+                str(figures.local),
+                str(figures.tma),
+                _counts(figures.tensor),
+                f"{shares[0]:.0%}-{shares[1]:.0%}" if shares else "",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+        for function, loop in figures.loops.items():
+            lines.append(
+                (
+                    f"  full loop of {function}",
+                    _counts(loop.mix),
+                    *[""] * 4,
+                    str(loop.instructions),
+                    str(loop.local),
+                    str(loop.tma),
+                    _counts(loop.tensor),
+                    f"{loop.useful:.0f} of {loop.together:.0f}-{loop.apart:.0f} clocks",
+                )
+            )
+    # The mix of a loop is longer than any cell, and runs over the empty ones behind it.
+    widths = [
+        max(len(line[i]) for line in lines if i != 1 or not line[0].startswith(" "))
+        for i in range(len(header))
+    ]
+    text = []
+    for line in lines:
+        if line[0].startswith(" "):
+            mix = sum(widths[1:6]) + 2 * 4
+            text.append(f"{line[0].ljust(widths[0])}  {line[1].ljust(mix)}")
+            cells = zip(line[6:], widths[6:], strict=True)
+        else:
+            text.append("")
+            cells = zip(line, widths, strict=True)
+        text[-1] += ("  " if text[-1] else "") + "  ".join(c.ljust(w) for c, w in cells)
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return " ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def as_json(reports: list[Report], triton_version: str) -> str:
     """All figures, with the versions that they depend on."""
-    return json.dumps(
-        {
-            "note": NOTE,
-            "triton": triton_version,
-            "programs": [
-                {
-                    "label": report.program.label,
-                    **asdict(report.program),
-                    "figures": report.figures and asdict(report.figures),
-                    "blocks": report.blocks,
-                    "problems": report.problems(),
-                }
-                for report in reports
-            ],
-        },
-        indent=1,
-    )
+    programs = []
+    for report in reports:
+        shares = report.shares()
+        programs.append(
+            {
+                "label": report.program.label,
+                **asdict(report.program),
+                "shape": report.program.shape,
+                "figures": report.figures and asdict(report.figures),
+                "blocks": report.blocks,
+                "modelled_share": shares and {"apart": shares[0], "together": shares[1]},
+                "violations": [asdict(x) for x in report.violations()],
+                "error": report.error,
+            }
+        )
+    return json.dumps({"note": NOTE, "triton": triton_version, "programs": programs}, indent=1)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with the reason when it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="forward and backward, bf16, D 64 and 128, sm_80, sm_90",
-    )
+    parser.add_argument("--quick", action="store_true", help="the set of the tests")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(LIMITS), help="80 90 100")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all but float16")
     parser.add_argument("--head-dim", type=int, nargs="+", metavar="D", help="64 80 128 256")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="all")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--worker", metavar="PROGRAM", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--update-budget",
+        action="store_true",
+        help="write the figures into bench/machine_code_budget.json; its exceptions stay",
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     chosen = (options.arch, options.dtype, options.head_dim, options.kernel)
     if options.quick and any(chosen):
@@ -473,52 +781,65 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--head-dim must be in 16..256, got {head_dim}")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {options.json}")
+    options.programs = quick() if options.quick else everything()
+    if any(chosen):
+        options.programs = selected(
+            options.arch or list(ARCHITECTURES),
+            options.dtype or [dtype for dtype in DTYPES if dtype != "float16"],
+            options.head_dim or list(HEAD_DIMS),
+            options.kernel or list(KERNELS),
+        )
     return options
 
 
 def main() -> int:
-    """Compiles and reports; 1 if a program has a problem, 2 if nothing can be compiled here."""
+    """Compiles and reports; 1 if a program is over its budget, 2 if nothing can be compiled."""
     options = parse()
     if options.worker:
-        print(json.dumps(asdict(compile_program(Program.from_json(options.worker)))))
+        work()
         return 0
     if reason := missing_tools():
         print(f"python -m bench.machine_code: {reason}", file=sys.stderr)
         return 2
-    programs = (
-        quick()
-        if options.quick
-        else selected(
-            options.arch or list(ARCHITECTURES),
-            options.dtype or list(DTYPES),
-            options.head_dim or list(HEAD_DIMS),
-            options.kernel or list(KERNELS),
-        )
-    )
-    started, done = time.monotonic(), 0
+    import triton
+
+    from bench.budget import Budget
+
+    budget = Budget.from_file(triton_version=triton.__version__)
+    programs, started, done = options.programs, time.monotonic(), 0
 
     def tick(report: Report) -> None:
         nonlocal done
         done += 1
         seconds = time.monotonic() - started
         left = seconds / done * (len(programs) - done)
-        words = "; ".join(report.problems()) or "ok"
+        words = "; ".join(x.text for x in report.violations()) or "ok"
         print(
             f"[{done}/{len(programs)}, {left:.0f} s left] {report.program.label}: {words}",
             file=sys.stderr,
         )
 
     reports = compile_all(programs, options.jobs, tick)
-    import triton
-
-    print(f"\nTriton {triton.__version__}, group size {GROUP}. {NOTE}\n\n{table(reports)}\n")
-    wrong = [report for report in reports if report.problems()]
-    print(
-        f"{len(reports)} programs in {time.monotonic() - started:.0f} s, {len(wrong)} with problems"
-    )
+    seconds = time.monotonic() - started
+    print(f"\nTriton {triton.__version__}, {HEADS}/{KV_HEADS} heads. {NOTE}\n\n{table(reports)}\n")
     if options.json:
         options.json.write_text(as_json(reports, triton.__version__) + "\n")
-    return 1 if wrong else 0
+    if options.update_budget:
+        known = {program.label for program in everything()}
+        budget = budget.updated(reports).pruned(known | {r.program.label for r in reports})
+        budget.write()
+        print(f"Written: {budget.path}")
+    over = [(report, found) for report in reports if (found := budget.violations(report))]
+    for report, found in over:
+        for violation in found:
+            print(f"{report.program.label}: {violation.rule}: {violation.text}")
+    print(f"{len(reports)} programs in {seconds:.0f} s, {len(over)} over their budget")
+    if missing := budget.missing(programs):
+        print(
+            f"{len(missing)} of them have no baseline for Triton {budget.triton}, so that their "
+            "loops were compared with nothing: --update-budget writes them"
+        )
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ class Quantiles:
         return cls(statistics.median(ms.tolist()), p20, p80)
 
 
+def pass_times(forwards: list[float], totals: list[float]) -> dict[str, Any]:
+    """`forward`, `backward` and `total` of a `Result`; `totals` is empty without a backward."""
+    backwards = [total - forward for forward, total in zip(forwards, totals, strict=False)]
+    return {
+        "forward": Quantiles.from_seconds(forwards),
+        "backward": Quantiles.from_seconds(backwards) if totals else None,
+        "total": Quantiles.from_seconds(totals) if totals else None,
+    }
+
+
 @dataclass(frozen=True)
 class Result:
     """One provider on one case.
@@ -52,7 +63,8 @@ class Result:
         provider: the name of the provider.
         is_baseline: whether it repeats the prefix.
         forward: time of the forward pass.
-        total: time of forward and backward, None where there is no backward.
+        backward: time of the backward pass, None where there is none.
+        total: time of both.
         peak_bytes: inputs, gradient of the output, and the most that was allocated on top.
         errors: largest absolute error of out, dq, dk, dv against float64 at `gate_case`.
         gate_case: where the errors were measured.
@@ -63,6 +75,7 @@ class Result:
     provider: str
     is_baseline: bool
     forward: Quantiles
+    backward: Quantiles | None
     total: Quantiles | None
     peak_bytes: int
     errors: dict[str, float]
@@ -211,6 +224,20 @@ class Clock:
         torch.autograd.grad(out, prepared.leaves, prepared.dout)
         return middle - start, time.perf_counter() - start
 
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Seconds of anything."""
+        if not self.is_cuda:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
     def _cuda(self, prepared: Prepared, backward: bool) -> tuple[float, float | None]:
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         self.flush.zero_()
@@ -264,10 +291,10 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
         with _reporting(provider, outcome):
             bound = [provider.prepare(inputs) for inputs in copies]
             tensors: dict[str, Tensor] = {}
-            peaks[provider.name] = bound[0].input_bytes + _warm_up(
+            peaks[provider.name] = bound[0].input_bytes + warm_up(
                 bound[0], provider.forward_only(device) is None, device, tensors
             )
-            wrong = _disagreement(tensors, agreed, case)
+            wrong = disagreement(tensors, agreed, case)
             if wrong:
                 outcome.failures.append(f"{case.label}: {provider.name} at full size: {wrong}")
             else:
@@ -283,8 +310,7 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
                 case=case,
                 provider=provider.name,
                 is_baseline=provider.is_baseline,
-                forward=Quantiles.from_seconds(forwards),
-                total=Quantiles.from_seconds(totals) if totals else None,
+                **pass_times(forwards, totals),
                 peak_bytes=peaks[provider.name],
                 errors=errors[provider.name],
                 gate_case=gate,
@@ -294,7 +320,7 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
     return outcome
 
 
-def _warm_up(
+def warm_up(
     prepared: Prepared, backward: bool, device: torch.device, tensors: dict[str, Tensor]
 ) -> int:
     """Runs once, keeps the packed tensors for comparison, and returns the peak on top of inputs.
@@ -319,7 +345,7 @@ def _warm_up(
     return peak
 
 
-def _disagreement(tensors: dict[str, Tensor], agreed: dict[str, Tensor], case: Case) -> str:
+def disagreement(tensors: dict[str, Tensor], agreed: dict[str, Tensor], case: Case) -> str:
     """Which tensors differ from the baseline by more than rounding, or nothing."""
     limit = min(0.05, AGREEMENT_EPS * torch.finfo(DTYPES[case.dtype]).eps)
     wrong = []

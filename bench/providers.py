@@ -6,6 +6,7 @@ timed, and brings outputs and gradients to the packed axis outside the timing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import shutil
@@ -25,6 +26,16 @@ from bench.cases import DTYPES, Case
 from prefix_attn import PrefixLayout, prefix_attention
 
 OURS = "prefix_attn"
+FLASH_PACKAGES = {
+    "repeated FlashAttention-3": "flash_attn_interface",
+    "repeated FlashAttention-4": "flash_attn.cute",
+}
+
+
+# The backend of ours: a dry run of the GPU benchmark interprets the Triton kernels.
+ours_backend = "auto"
+# It calls FlexAttention uncompiled, too.
+flex_compiler: Callable[..., Callable[..., Any]] = torch.compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +120,16 @@ def _always(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def _prepare_ours(inputs: Inputs) -> Prepared:
+def _prepare_ours(inputs: Inputs, **options: Any) -> Prepared:
     q, k, v = leaves = _leaves(inputs, lambda x: x)
+    if options.get("sinks"):
+        options["sinks"] = torch.zeros(inputs.case.heads_q, device=q.device)
+
+    def forward() -> Tensor:
+        return prefix_attention(q, k, v, inputs.layout, backend=ours_backend, **options)
+
     return Prepared(
-        forward=lambda: prefix_attention(q, k, v, inputs.layout),
+        forward=forward,
         leaves=leaves,
         dout=inputs.dout,
         pack_out=lambda x: x,
@@ -142,27 +159,79 @@ def _shares(group: int) -> Tensor:
     return torch.tensor([2.0 ** -(bits - 1)] * large + [2.0**-bits] * (group - large))
 
 
+def _repeated_dout(inputs: Inputs) -> Tensor:
+    """Gradient of the output with the prefix rows divided among members, (G, H, P + S, D)."""
+    case = inputs.case
+    dout = _repeat(inputs.dout, case)
+    dout[:, :, : case.prefix] *= _shares(case.group).to(dout)[:, None, None, None]
+    return dout
+
+
+def _takes_head_groups(inputs: Inputs, context: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Whether SDPA's backend takes fewer KV heads than query heads; else they are repeated."""
+    q, k, v = (x[:64].detach().transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    try:
+        with context():
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _prepare_repeated(
     inputs: Inputs, context: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Prepared:
     case = inputs.case
     q, k, v = leaves = _leaves(inputs, partial(_repeat, case=case))
-    dout = _repeat(inputs.dout, case)
-    dout[:, :, : case.prefix] *= _shares(case.group).to(dout)[:, None, None, None]
-    gqa = case.heads_q != case.heads_kv
+    ratio = case.heads_q // case.heads_kv
+    gqa = ratio > 1 and _takes_head_groups(inputs, context)
 
     def forward() -> Tensor:
         # On a CPU enable_gqa is up to 7 % faster than repeating the heads.
+        repeats = 1 if gqa else ratio
+        keys, values = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k, v))
         with context():
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=gqa)
 
     return Prepared(
         forward=forward,
         leaves=leaves,
-        dout=dout,
+        dout=_repeated_dout(inputs),
         pack_out=lambda x: _unrepeat(x, case, summed=False),
         pack_grad=lambda x: _unrepeat(x, case, summed=True),
     )
+
+
+def _prepare_flash_package(inputs: Inputs, module: str) -> Prepared:
+    """Repeats the prefix through `flash_attn_func` of a package: (G, P + S, H, D) tensors."""
+    case = inputs.case
+    attend = importlib.import_module(module).flash_attn_func
+
+    def rows_second(x: Tensor) -> Tensor:
+        return _repeat(x, case).transpose(1, 2)
+
+    q, k, v = leaves = _leaves(inputs, rows_second)
+
+    def forward() -> Tensor:
+        out = attend(q, k, v, causal=True)
+        # Some versions return the log-sum-exp too.
+        return out[0] if isinstance(out, tuple) else out
+
+    return Prepared(
+        forward=forward,
+        leaves=leaves,
+        dout=_repeated_dout(inputs).transpose(1, 2).contiguous(),
+        pack_out=lambda x: _unrepeat(x.transpose(1, 2), case, summed=False),
+        pack_grad=lambda x: _unrepeat(x.transpose(1, 2), case, summed=True),
+    )
+
+
+def _has_module(case: Case, device: torch.device, module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} can't be imported ({error})"
+    return "needs float16 or bfloat16" if case.dtype == "float32" else None
 
 
 def _on_cpu(case: Case, device: torch.device) -> str | None:
@@ -187,6 +256,10 @@ def _has_prefix_grouper(case: Case, device: torch.device) -> str | None:
     return None
 
 
+def _lacks_prefix_grouper(case: Case, device: torch.device) -> str | None:
+    return None if _has_prefix_grouper(case, device) else "prefix-grouper itself is installed"
+
+
 def _heads_first(x: Tensor) -> Tensor:
     """(T, H, D) to (1, H, T, D)."""
     return x.transpose(0, 1)[None]
@@ -197,18 +270,56 @@ def _rows_first(x: Tensor) -> Tensor:
     return x[0].transpose(0, 1)
 
 
+def _suffix_mask(inputs: Inputs) -> Any:
+    """What a suffix sees of its whole sequence, as SDPA wants it."""
+    case = inputs.case
+    if inputs.q.is_cuda:
+        return causal_lower_right(case.suffix, case.sequence)
+    keep = torch.ones(case.suffix, case.sequence, dtype=torch.bool).tril(case.prefix)
+    return torch.zeros(keep.shape, dtype=inputs.q.dtype).masked_fill(~keep, -torch.inf)
+
+
+def _prepare_two_calls(inputs: Inputs) -> Prepared:
+    """Prefix Grouper's idea without its package: the prefix alone, then every suffix on a copy."""
+    case = inputs.case
+    q, k, v = leaves = _leaves(inputs, lambda x: x)
+    mask, gqa = _suffix_mask(inputs), case.heads_q != case.heads_kv
+
+    def suffixes(x: Tensor) -> Tensor:
+        return x[case.prefix :].unflatten(0, (case.group, case.suffix))
+
+    def with_prefix(x: Tensor) -> Tensor:
+        prefix = x[: case.prefix].expand(case.group, *x[: case.prefix].shape)
+        return torch.cat([prefix, suffixes(x)], 1).transpose(1, 2)
+
+    def forward() -> Tensor:
+        head, keys, values = (_heads_first(x[: case.prefix]) for x in (q, k, v))
+        first = F.scaled_dot_product_attention(head, keys, values, is_causal=True, enable_gqa=gqa)
+        rest = F.scaled_dot_product_attention(
+            suffixes(q).transpose(1, 2),
+            with_prefix(k),
+            with_prefix(v),
+            attn_mask=mask,
+            enable_gqa=gqa,
+        )
+        return torch.cat([_rows_first(first), rest.transpose(1, 2).flatten(0, 1)])
+
+    return Prepared(
+        forward=forward,
+        leaves=leaves,
+        dout=inputs.dout,
+        pack_out=lambda x: x,
+        pack_grad=lambda x: x,
+    )
+
+
 def _prepare_prefix_grouper(inputs: Inputs) -> Prepared:
     from prefix_grouper import PrefixGrouper
 
     case, device = inputs.case, inputs.q.device
     q, k, v = leaves = _leaves(inputs, _heads_first)
     grouper = PrefixGrouper([[case.prefix] + [case.suffix] * case.group], device=device)
-    mask: Any
-    if device.type == "cuda":
-        mask = causal_lower_right(case.suffix, case.sequence)
-    else:
-        keep = torch.ones(case.suffix, case.sequence, dtype=torch.bool).tril(case.prefix)
-        mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, -torch.inf)
+    mask = _suffix_mask(inputs)
     gqa = case.heads_q != case.heads_kv
 
     def attn(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -239,10 +350,11 @@ def _flex_forward_only(device: torch.device) -> str | None:
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def compiled_flex() -> Callable[..., Any]:
+    """FlexAttention, compiled once for all shapes."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return flex_compiler(flex_attention, dynamic=True)
 
 
 def _prepare_flex(inputs: Inputs) -> Prepared:
@@ -253,10 +365,12 @@ def _prepare_flex(inputs: Inputs) -> Prepared:
     if _flex_forward_only(device):
         for leaf in leaves:
             leaf.requires_grad_(False)
-    mask = create_block_mask(
+    # Uncompiled, this would hold the dense mask.
+    create = flex_compiler(create_block_mask) if device.type == "cuda" else create_block_mask
+    mask = create(
         inputs.layout.mask_mod(), None, None, case.tokens, case.tokens, device=str(device)
     )
-    flex, ratio = _compiled_flex(), case.heads_q // case.heads_kv
+    flex, ratio = compiled_flex(), case.heads_q // case.heads_kv
 
     def forward() -> Tensor:
         if ratio > 1 and device.type == "cpu":
@@ -274,7 +388,8 @@ def _prepare_flex(inputs: Inputs) -> Prepared:
     )
 
 
-def _forced(backend: SDPBackend) -> Callable[[Inputs], Prepared]:
+def repeated_with(backend: SDPBackend) -> Callable[[Inputs], Prepared]:
+    """Repeats the prefix through one backend of SDPA, which refuses what it can't do."""
     return partial(_prepare_repeated, context=partial(sdpa_kernel, backend))
 
 
@@ -283,17 +398,38 @@ PROVIDERS = (
     Provider(
         "repeated SDPA cuDNN",
         _on_cuda_half,
-        _forced(SDPBackend.CUDNN_ATTENTION),
+        repeated_with(SDPBackend.CUDNN_ATTENTION),
         is_baseline=True,
     ),
     Provider(
         "repeated SDPA flash",
         _on_cuda_half,
-        _forced(SDPBackend.FLASH_ATTENTION),
+        repeated_with(SDPBackend.FLASH_ATTENTION),
         is_baseline=True,
     ),
     Provider("repeated SDPA float32", _on_cuda_single, _prepare_repeated, is_baseline=True),
+    *(
+        Provider(
+            name,
+            partial(_has_module, module=module),
+            partial(_prepare_flash_package, module=module),
+            is_baseline=True,
+        )
+        for name, module in FLASH_PACKAGES.items()
+    ),
     Provider("prefix-grouper", _has_prefix_grouper, _prepare_prefix_grouper),
+    Provider("two calls", _lacks_prefix_grouper, _prepare_two_calls),
     Provider("FlexAttention", _can_compile, _prepare_flex, forward_only=_flex_forward_only),
     Provider(OURS, _always, _prepare_ours),
+)
+# Ways to call ours that compute something else, or the same in another way.
+MODES = tuple(
+    Provider(f"{OURS} {name}", _always, partial(_prepare_ours, **arguments))
+    for name, arguments in (
+        ("deterministic=False", {"deterministic": False}),
+        ("window 1024", {"window_size": 1024}),
+        ("softcap 30", {"softcap": 30.0}),
+        ("sinks", {"sinks": True}),
+        ("prefix_causal=False", {"prefix_causal": False}),
+    )
 )

@@ -11,15 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
 from bench.cases import Case
 from bench.measure import TENSORS, Quantiles, Result
-from bench.providers import OURS, PROVIDERS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from bench.providers import FLASH_PACKAGES, OURS, PROVIDERS
 
 HEADER = (
     "case", "provider", "fwd ms", "p20-p80", "fwd+bwd ms", "p20-p80", "speed-up", "ideal",
@@ -31,7 +27,9 @@ COLOURS = {
     "repeated SDPA cuDNN": "#999999",
     "repeated SDPA flash": "#56B4E9",
     "repeated SDPA float32": "#999999",
+    **dict(zip(FLASH_PACKAGES, ("#D55E00", "#CC79A7"), strict=True)),
     "prefix-grouper": "#E69F00",
+    "two calls": "#E69F00",
     "FlexAttention": "#009E73",
     OURS: "#0072B2",
 }
@@ -152,13 +150,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+
+
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
     """What a time depends on besides the case."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "driver": _driver() if cuda else "",
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "prefix_attn": _version("prefix_attn"),
@@ -167,12 +176,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_csv(rows: list[Row], device: torch.device, path: Path) -> None:
+def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     """Writes one line per case and provider, times in milliseconds, bytes in MiB."""
     records = []
     for row in rows:
         result, case = row.result, row.result.case
-        total = result.total
+        backward, total = result.backward, result.total
         flops = case.forward_flops + case.backward_flops
         record: dict[str, Any] = {
             "prefix": case.prefix,
@@ -186,11 +195,15 @@ def write_csv(rows: list[Row], device: torch.device, path: Path) -> None:
             "fwd_ms": result.forward.median,
             "fwd_p20_ms": result.forward.p20,
             "fwd_p80_ms": result.forward.p80,
+            "bwd_ms": backward and backward.median,
+            "bwd_p20_ms": backward and backward.p20,
+            "bwd_p80_ms": backward and backward.p80,
             "total_ms": total and total.median,
             "total_p20_ms": total and total.p20,
             "total_p80_ms": total and total.p80,
             "rounds": result.rounds,
             "fwd_tflops": case.forward_flops / result.forward.median * 1e-9,
+            "bwd_tflops": backward and case.backward_flops / backward.median * 1e-9,
             "total_tflops": total and flops / total.median * 1e-9,
             "fwd_speedup": row.forward_speedup,
             "total_speedup": row.total_speedup,
@@ -200,7 +213,7 @@ def write_csv(rows: list[Row], device: torch.device, path: Path) -> None:
             **{f"error_{name}": result.errors.get(name) for name in TENSORS},
             "error_prefix": result.gate_case.prefix,
             "error_suffix": result.gate_case.suffix,
-            **environment(device),
+            **facts,
         }
         records.append(
             {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in record.items()}
@@ -211,8 +224,13 @@ def write_csv(rows: list[Row], device: torch.device, path: Path) -> None:
         writer.writerows(records)
 
 
-def draw(rows: list[Row], device: torch.device, path: Path) -> None:
+def draw(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     """Draws the speed-ups over repeated SDPA per case, with the ideal as a line over each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     cases = list(dict.fromkeys(row.result.case for row in rows))
     names = [p.name for p in PROVIDERS if any(row.result.provider == p.name for row in rows)]
     width = max(9.0, 0.5 * len(names) * len(cases) * 0.75)
@@ -228,7 +246,6 @@ def draw(rows: list[Row], device: torch.device, path: Path) -> None:
     panels[1].set_xticks(range(len(cases)), [_tick_label(case) for case in cases])
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    facts = environment(device)
     figure.supxlabel(
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
         f"{cases[0].dtype}. P prefix, S suffix, G members, query/KV heads, D head dim.",

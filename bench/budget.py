@@ -1,0 +1,184 @@
+"""What the machine code of each program may cost: `bench/machine_code_budget.json`.
+
+`baselines` holds, per minor version of Triton and program, the figures that `python -m
+bench.machine_code --update-budget` writes. `exceptions` is written by hand: the rules that a
+program is known to break, up to which figures, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.machine_code import Program, Report, Violation
+
+PATH = Path(__file__).parent / "machine_code_budget.json"
+# A hot loop may grow by this part of its baseline.
+GROWTH = 0.03
+
+
+@dataclass(frozen=True)
+class KnownFault:
+    """A rule that programs break, up to and including `figures`."""
+
+    programs: dict[str, tuple[int, ...]]
+    rule: str
+    reason: str
+
+    def covers(self, program: str, violation: Violation) -> bool:
+        """Whether a violation is known and has not got worse."""
+        most = self.programs.get(program)
+        return (
+            violation.rule == self.rule
+            and most is not None
+            and len(most) == len(violation.figures)
+            and all(x <= limit for x, limit in zip(violation.figures, most, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The part of the budget file that is for one version of Triton.
+
+    Attributes:
+        path: of the file.
+        triton: minor version, such as "3.6".
+        baselines: figures by program.
+        faults: what is known to be wrong.
+    """
+
+    path: Path
+    triton: str
+    baselines: dict[str, dict[str, Any]]
+    faults: list[KnownFault]
+
+    @classmethod
+    def from_file(cls, triton_version: str, path: Path = PATH) -> Budget:
+        """Reads the part for a version of Triton; there is none for versions not seen yet."""
+        minor = ".".join(triton_version.split(".")[:2])
+        content = json.loads(path.read_text())
+        faults = [
+            KnownFault(
+                {name: tuple(figures) for name, figures in entry["programs"].items()},
+                entry["rule"],
+                entry["reason"],
+            )
+            for entry in content["exceptions"].get(minor, [])
+        ]
+        return cls(path, minor, content["baselines"].get(minor, {}), faults)
+
+    def missing(self, programs: Iterable[Program]) -> list[str]:
+        """Programs whose loops can't be compared with anything."""
+        return [x.label for x in programs if x.label not in self.baselines]
+
+    def violations(self, report: Report) -> list[Violation]:
+        """What a program breaks, known faults left out."""
+        label = report.program.label
+        found = [*report.violations(), *self._growth(report)]
+        return [x for x in found if not any(fault.covers(label, x) for fault in self.faults)]
+
+    def _growth(self, report: Report) -> list[Violation]:
+        baseline = self.baselines.get(report.program.label)
+        if report.figures is None or baseline is None:
+            return []
+        if baseline["shape"] != report.program.shape:
+            text = f"is {report.program.shape}, its baseline {baseline['shape']}"
+            return [Violation("baseline", f"{text}: run with --update-budget")]
+        if set(baseline["loops"]) != set(report.figures.loops):
+            text = f"has loops {sorted(report.figures.loops)}, its baseline"
+            return [Violation("baseline", f"{text} {sorted(baseline['loops'])}")]
+        found = []
+        for function, before in baseline["loops"].items():
+            loop = report.figures.loops[function]
+            for name, words in (("instructions", "instructions"), ("apart", "modelled clocks")):
+                now = getattr(loop, name)
+                if now > before[name] * (1 + GROWTH):
+                    text = f"full loop of {function}: {now:g} {words}, baseline {before[name]:g}"
+                    found.append(Violation("hot loop", text))
+        return found
+
+    def updated(self, reports: list[Report]) -> Budget:
+        """The same with the figures of these reports as baselines."""
+        fresh = {
+            report.program.label: {
+                "shape": report.program.shape,
+                "blocks": report.blocks,
+                "registers": report.figures.registers,
+                "spills": [report.figures.spill_stores, report.figures.spill_loads],
+                "shared": report.figures.shared,
+                "share": [round(x, 3) for x in report.shares() or ()],
+                "loops": {
+                    function: {"instructions": loop.instructions, "apart": round(loop.apart, 1)}
+                    for function, loop in report.figures.loops.items()
+                },
+            }
+            for report in reports
+            if report.figures is not None
+        }
+        return replace(self, baselines=self.baselines | fresh)
+
+    def pruned(self, labels: set[str]) -> Budget:
+        """Without the programs that no longer exist."""
+        kept = {label: x for label, x in self.baselines.items() if label in labels}
+        return replace(self, baselines=kept)
+
+    def write(self) -> None:
+        """Writes the baselines into the file; everything else in it stays."""
+        content = json.loads(self.path.read_text())
+        content["baselines"][self.triton] = dict(sorted(self.baselines.items()))
+        content["baselines"] = dict(sorted(content["baselines"].items()))
+        self.path.write_text(_format(content))
+
+
+def markdown(path: Path = PATH) -> str:
+    """The table of the documentation: the newest Triton's figures, the oldest's in brackets."""
+    baselines = json.loads(path.read_text())["baselines"]
+    versions = sorted(baselines, key=lambda text: [int(part) for part in text.split(".")])
+    old, new = baselines[versions[0]], baselines[versions[-1]]
+    lines = [
+        "| program | tiles, stages, warps | registers | spilled bytes, stored / loaded | shared KB "
+        "| blocks | share of peak (model) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def natural(label: str) -> list[tuple[int, str]]:
+        return [(int(part or 0), word) for word, part in re.findall(r"(\D+)(\d*)", label)]
+
+    for label, x in sorted(new.items(), key=lambda item: natural(item[0])):
+        y = old.get(label, x)
+
+        def cell(read: Callable[[dict[str, Any]], str], x: Any = x, y: Any = y) -> str:
+            return read(x) if read(x) == read(y) else f"{read(x)} ({read(y)})"
+
+        cells = (
+            label,
+            cell(lambda z: z["shape"]),
+            cell(lambda z: str(z["registers"])),
+            cell(lambda z: "{} / {}".format(*z["spills"]) if any(z["spills"]) else "none"),
+            cell(lambda z: f"{z['shared'] / 1024:.0f}"),
+            cell(lambda z: str(z["blocks"])),
+            cell(lambda z: "-".join(f"{share:.0%}" for share in z["share"])),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Triton {versions[-1]}, in brackets {versions[0]} where it differs."]
+    return "\n".join(lines)
+
+
+def _format(content: dict[str, Any]) -> str:
+    """JSON with one line per program, so that a changed figure is one changed line."""
+
+    def block(value: Any, depth: int) -> str:
+        if depth == 0 or not isinstance(value, (dict, list)) or not value:
+            return json.dumps(value)
+        pad = " " * (4 - depth)
+        if isinstance(value, list):
+            inner = [f"{pad}{block(x, depth - 1)}" for x in value]
+            return "[\n" + ",\n".join(inner) + f"\n{pad[1:]}]"
+        inner = [f"{pad}{json.dumps(key)}: {block(x, depth - 1)}" for key, x in value.items()]
+        return "{\n" + ",\n".join(inner) + f"\n{pad[1:]}}}"
+
+    return block(content, 3) + "\n"

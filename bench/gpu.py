@@ -1,0 +1,255 @@
+"""Checks and times the kernels on a GPU: `python -m bench.gpu`, or `make gpu`.
+
+Work is cut into units, the most telling ones first: what the device itself can do, whether the
+kernels are right, how long they and the alternatives take. Each unit writes its rows to
+`records.jsonl` as soon as it is done. Units that the folder already has, from the same commit on
+the same device, are skipped, so a run that ended early goes on where it stopped. A unit that fails
+is recorded by name; one that kills the process is recorded by the supervisor, which starts another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_tune, providers
+from bench.gpu_units import Session, Unit, UnsupportedError, WrongResultError, units
+from bench.measure import Clock
+from bench.report import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = "records.jsonl"
+# Facts that a record must share with a run for its unit to count as done.
+IDENTITY = ("device", "driver", "torch", "triton", "commit")
+# A unit that runs longer is ended, and recorded as such.
+UNIT_SECONDS = 150.0
+# How a worker is started.
+COMMAND = [sys.executable, "-m", "bench.gpu"]
+POISONED = 3  # exit status of a worker whose device answers no more
+
+
+class Records:
+    """The file that every unit is appended to."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], session: str) -> None:
+        """Makes the folder; `session` is the same for all workers of one run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.facts, self.session = folder / RECORDS, facts, session
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            # A crash cut the last line short.
+            self.path.write_bytes(self.path.read_bytes() + b"\n")
+
+    def append(self, key: str, status: str, reason: str = "", **more: Any) -> None:
+        """Adds a line, and has it on disk before it returns."""
+        record = {"key": key, "status": status, "reason": reason, "session": self.session, **more}
+        with self.path.open("a") as file:
+            file.write(json.dumps({**record, "facts": self.facts}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finished(self) -> set[str]:
+        """Keys that need no other run: done before, or tried in this session."""
+        keys = set()
+        for record in read(self.path):
+            same = all(record["facts"].get(name) == self.facts.get(name) for name in IDENTITY)
+            settled = record["status"] in ("done", "unsupported")
+            tried = record["session"] == self.session and record["status"] != "started"
+            if same and (settled or tried):
+                keys.add(record["key"])
+        return keys
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records; a line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def work(options: argparse.Namespace) -> int:
+    """Runs units until they are done or the time is over; the exit status of a worker."""
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    if options.dry_run:
+        _prepare_dry_run()
+    torch.manual_seed(0)
+    session = Session(device, options.dry_run, Clock(device))
+    records = Records(options.out, environment(device), options.session)
+    todo = gpu_tune.units(session, options) if options.kernel else units(session)
+    finished = records.finished()
+    left = [unit for unit in todo if unit.key not in finished]
+    print(f"{len(todo) - len(left)} of {len(todo)} units are done", flush=True)
+    postponed = 0
+    for unit in left:
+        if unit.seconds > options.deadline - time.time():
+            postponed += 1
+            continue
+        records.append(unit.key, "started")
+        begin = time.monotonic()
+        status, reason, rows = attempt(unit)
+        seconds = round(time.monotonic() - begin, 2)
+        records.append(unit.key, status, reason, rows=rows, seconds=seconds)
+        words = f"{status} in {seconds:.1f} s" + (f": {reason}" if reason else "")
+        print(f"{unit.key}: {words}{_summary(rows)}", flush=True)
+        if not _device_answers(device):
+            return POISONED
+    if postponed:
+        print(f"{postponed} units did not fit into the time: the same command goes on with them")
+    return 0
+
+
+def attempt(unit: Unit) -> tuple[str, str, list[dict[str, Any]]]:
+    """Status, reason and rows of a unit, whatever it raises."""
+    try:
+        return "done", "", unit.run()
+    except UnsupportedError as error:
+        return "unsupported", str(error), []
+    except (AssertionError, WrongResultError) as error:
+        return "wrong", str(error)[:1000], []
+    except torch.OutOfMemoryError as error:
+        return "failed", f"out of memory: {str(error).splitlines()[0][:200]}", []
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return "failed", f"{type(error).__name__}: {lines[0][:300]}", []
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    texts = []
+    for row in rows:
+        if "reached" in row:
+            texts.append(f"{row['reached']:.0f} {row['unit']}")
+        elif row.get("forward"):
+            passes = [f"{row[x]['median']:.3f}" for x in ("forward", "total") if row[x]]
+            texts.append(f"{' / '.join(passes)} ms")
+    return "".join(f", {text}" for text in texts)
+
+
+def _device_answers(device: torch.device) -> bool:
+    """Frees memory; False after an error that the process can't recover from."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _prepare_dry_run() -> None:
+    """Runs the kernels in Triton's interpreter, and FlexAttention without a C++ compiler."""
+    from prefix_attn.testing import fix_interpreter
+
+    torch.set_num_threads(1)
+    fix_interpreter()
+    providers.ours_backend = "triton"
+    providers.flex_compiler = lambda function, **_: function
+
+
+def supervise(options: argparse.Namespace) -> int:
+    """Starts workers until one ends by itself; the exit status of the run."""
+    command = [*COMMAND, "--worker", *sys.argv[1:]]
+    command += ["--session", options.session, "--deadline", str(options.deadline)]
+    environ = dict(os.environ)
+    if options.dry_run:
+        environ["TRITON_INTERPRET"] = "1"
+    path = options.out / RECORDS
+    while True:
+        known = len(read(path))
+        process = subprocess.Popen(command, cwd=ROOT, env=environ)
+        ended = _wait(process, path, options)
+        if ended == "" and process.returncode == 0:
+            return 0
+        records = read(path)
+        fresh = records[known:]
+        if not fresh:
+            print(f"The worker ended before any unit, exit status {process.returncode}")
+            return 1
+        last = fresh[-1]
+        if last["status"] == "started":
+            reason = ended or f"the process died, exit status {process.returncode}"
+            Records(options.out, last["facts"], options.session).append(
+                last["key"], "failed", reason
+            )
+            print(f"{last['key']}: failed: {reason}", flush=True)
+        if time.time() >= options.deadline:
+            return 0
+
+
+def _wait(process: subprocess.Popen[bytes], path: Path, options: argparse.Namespace) -> str:
+    """Waits for a worker; ends it, and says why, if a unit takes too long."""
+    size, changed = -1, time.time()
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = path.stat().st_size if path.exists() else 0
+        if now != size:
+            size, changed = now, time.time()
+        late = time.time() > options.deadline + options.grace
+        if late or time.time() - changed > UNIT_SECONDS:
+            process.kill()
+            process.wait()
+            return "the time was over" if late else f"took more than {UNIT_SECONDS:.0f} s"
+    return ""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; exits with the reason when it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="folder (out/gpu)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time to stop after (8.5)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, on a CPU")
+    parser.add_argument("--report", action="store_true", help="only write tables and pictures")
+    gpu_tune.add_arguments(parser)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--session", default=f"{time.time():.3f}", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be positive, got {options.minutes}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, {options.out} is a file")
+    try:
+        gpu_tune.check_arguments(options)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out = options.out.resolve()
+    # The last unit may end late by so many seconds; then the tables are written.
+    options.grace = 15.0
+    if options.deadline is None:
+        options.deadline = time.time() + options.minutes * 60
+    return options
+
+
+def main() -> int:
+    """Runs what is left, then writes the tables; 1 if anything of ours was wrong."""
+    options = parse()
+    if options.worker:
+        return work(options)
+    if not (options.dry_run or options.report or torch.cuda.is_available()):
+        print(
+            "make gpu needs a CUDA device and a PyTorch that sees it; `python -m bench.gpu "
+            "--dry-run` tries the script on a CPU.",
+            file=sys.stderr,
+        )
+        return 2
+    status = 0 if options.report else supervise(options)
+    from bench import gpu_report
+
+    return max(status, gpu_report.write(options.out, read(options.out / RECORDS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

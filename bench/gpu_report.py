@@ -1,0 +1,123 @@
+"""Turns the records of `make gpu` into CSV, JSON, a table and a picture, all in one folder."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.cases import Case
+from bench.measure import Quantiles, Result
+from bench.providers import OURS
+from bench.report import Row
+
+# Cases in the picture.
+DRAWN = 6
+
+
+def write(folder: Path, records: list[dict[str, Any]]) -> int:
+    """Writes what there is and prints a summary.
+
+    Returns:
+        1 if nothing was done, or if a unit of ours was wrong or failed.
+    """
+    latest = list(_latest(records).values())
+    if not latest:
+        print(f"{folder} has no records yet")
+        return 1
+    timed = [row for r in latest if r["key"].startswith("time/") for row in r["rows"]]
+    facts = latest[-1]["facts"]
+    written = []
+    if timed:
+        rows = report.compare([_result(row) for row in timed])
+        report.write_csv(rows, facts, folder / "bench.csv")
+        written.append("bench.csv")
+        print(f"\n{report.table(rows)}\n")
+        written += _draw(rows, facts, folder / "bench.png")
+    for kind in ("check", "ceiling", "tune"):
+        flat = [
+            {**_flat(row), **r["facts"]}
+            for r in latest
+            if r["key"].startswith(f"{kind}/")
+            for row in r["rows"]
+        ]
+        if kind == "tune":
+            flat.sort(key=lambda row: (str(row.get("kernel")), row["ms"]))
+            for row in flat[:5]:
+                print(f"{row['config']}: {row['ms']:.3f} ms, {row['tflops']:.1f} TFLOP/s")
+        if flat:
+            _write_csv(flat, folder / f"{kind}.csv")
+            written.append(f"{kind}.csv")
+    (folder / "results.json").write_text(json.dumps({"facts": facts, "units": latest}, indent=1))
+    written.append("results.json")
+    counts = Counter(record["status"] for record in latest)
+    print(", ".join(f"{n} {status}" for status, n in counts.items()))
+    bad = [record for record in latest if record["status"] in ("wrong", "failed")]
+    for record in bad:
+        print(f"{record['status']}: {record['key']}: {record['reason']}")
+    print(f"Written to {folder}: {', '.join(written)}")
+    return 1 if any(_is_ours(record["key"]) for record in bad) else 0
+
+
+def _is_ours(key: str) -> bool:
+    """Whether a unit tries this package, and not what it is compared with."""
+    return key.startswith("check/") or f"/{OURS}" in key
+
+
+def _latest(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last outcome of each unit under the facts of the last record."""
+    if not records:
+        return {}
+    same = [r for r in records if r["facts"] == records[-1]["facts"] and r["status"] != "started"]
+    return {record["key"]: record for record in same}
+
+
+def _result(row: dict[str, Any]) -> Result:
+    def quantiles(name: str) -> Quantiles | None:
+        return Quantiles(**row[name]) if row[name] else None
+
+    forward = quantiles("forward")
+    assert forward is not None
+    return Result(
+        case=Case(**row["case"]),
+        provider=row["provider"],
+        is_baseline=row["is_baseline"],
+        forward=forward,
+        backward=quantiles("backward"),
+        total=quantiles("total"),
+        peak_bytes=row["peak_bytes"],
+        errors=row["errors"],
+        gate_case=Case(**row["gate_case"]),
+        rounds=row["rounds"],
+    )
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    case = row.get("case")
+    rest = {name: x for name, x in row.items() if name != "case"}
+    return {**(case or {}), **rest}
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _draw(rows: list[Row], facts: dict[str, Any], path: Path) -> list[str]:
+    """Draws the first cases; says so where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            "matplotlib is not installed, so there is no picture; where it is, "
+            "`python -m bench.gpu --report --out FOLDER` draws it from these files."
+        )
+        return []
+    drawn = list(dict.fromkeys(row.result.case for row in rows))[:DRAWN]
+    report.draw([row for row in rows if row.result.case in drawn], facts, path)
+    return [path.name]

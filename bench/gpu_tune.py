@@ -1,0 +1,166 @@
+"""Times candidate configurations of one kernel: `make gpu-tune KERNEL=forward`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from bench.cases import DTYPES, Case
+from bench.gpu_units import Session, Unit, WrongResultError, sample
+from bench.measure import disagreement, pass_times, warm_up
+from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
+from prefix_attn import triton_backend
+from prefix_attn.kernels.config import Config, Tile, select_config
+
+CASE = "8192,512,16,32,8,128"
+DRY_CASE = "6,4,2,2,1,16"
+# Expected seconds to compile and time one candidate.
+CANDIDATE_SECONDS = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a sweep is told on the command line."""
+    parser.add_argument("--kernel", choices=("forward", "backward"), help="sweep its tiles instead")
+    parser.add_argument("--case", metavar="P,S,G,Hq,Hkv,D", help=f"of the sweep ({CASE})")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the sweep (bfloat16)")
+    names = [mode.name.removeprefix(f"{OURS} ") for mode in MODES]
+    parser.add_argument("--mode", choices=names, help="of the sweep (none)")
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """Fills in the case.
+
+    Raises:
+        ValueError: if an argument is wrong, or has no meaning without --kernel.
+    """
+    if not options.kernel and (options.case or options.dtype or options.mode):
+        raise ValueError("--case, --dtype and --mode are for a sweep: give --kernel")
+    text = options.case or (DRY_CASE if options.dry_run else CASE)
+    dtype = options.dtype or ("float32" if options.dry_run else "bfloat16")
+    options.tuned_case = Case.from_text(text, dtype)
+
+
+def candidates(kernel: str, present: Config, dry: bool) -> list[Config]:
+    """The present configuration, then others, nearest first."""
+    found = []
+    if dry:
+        small = Tile(16, 16)
+        found = [replace(present, forward=small, keys=small, queries=small)]
+    elif kernel == "forward":
+        for m, n, stages, warps in product((64, 128), (32, 64, 128), (2, 3, 4, 5), (4, 8)):
+            found.append(replace(present, forward=Tile(m, n, stages), forward_warps=warps))
+    else:
+        keys = [Tile(m, n, s) for m, n in ((32, 128), (64, 64), (64, 128)) for s in (2, 3)]
+        shapes = ((64, 32), (64, 64), (128, 32), (128, 64))
+        queries = [Tile(m, n, s) for m, n in shapes for s in (2, 3, 5)]
+        for key, query, warps in product(keys, queries, (4, 8)):
+            found.append(replace(present, keys=key, queries=query, backward_warps=warps))
+
+    def changes(config: Config) -> int:
+        pairs = [
+            (getattr(config.forward, name), getattr(present.forward, name))
+            for name in ("block_m", "block_n", "num_stages")
+        ]
+        for tile in ("keys", "queries"):
+            pairs += [
+                (getattr(getattr(config, tile), name), getattr(getattr(present, tile), name))
+                for name in ("block_m", "block_n", "num_stages")
+            ]
+        pairs.append((config.forward_warps, present.forward_warps))
+        pairs.append((config.backward_warps, present.backward_warps))
+        return sum(a != b for a, b in pairs)
+
+    others = sorted((x for x in found if x != present), key=changes)
+    return [present, *others]
+
+
+def label(kernel: str, config: Config) -> str:
+    """Tiles, stages and warps."""
+    tiles = [config.forward] if kernel == "forward" else [config.keys, config.queries]
+    warps = config.forward_warps if kernel == "forward" else config.backward_warps
+    text = " + ".join(f"{x.block_m}x{x.block_n} s{x.num_stages}" for x in tiles)
+    return f"{text} w{warps}"
+
+
+def units(session: Session, options: argparse.Namespace) -> list[Unit]:
+    """One unit per candidate."""
+    case: Case = options.tuned_case
+    if session.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(session.device)
+        present = select_config(
+            properties.major * 10 + properties.minor,
+            case.head_dim,
+            DTYPES[case.dtype],
+            properties.multi_processor_count,
+        )
+    else:
+        present = select_config(90, case.head_dim, DTYPES[case.dtype], 132)
+    by_name = {mode.name.removeprefix(f"{OURS} "): mode for mode in MODES}
+    ours = next(p for p in PROVIDERS if p.name == OURS)
+    provider = by_name[options.mode] if options.mode else ours
+    seconds = 0.0 if session.dry else CANDIDATE_SECONDS
+    prefix = f"tune/{options.kernel}/{case.label} {case.dtype} {options.mode or 'plain'}"
+    found = []
+    for config in candidates(options.kernel, present, session.dry):
+        run = partial(time_candidate, session, options.kernel, case, provider, config, present)
+        found.append(Unit(f"{prefix}/{label(options.kernel, config)}", seconds, run))
+    return found
+
+
+@contextmanager
+def using(config: Config) -> Iterator[None]:
+    """Launches with a configuration, whatever the device is."""
+    before = triton_backend._config
+    triton_backend._config = lambda *_, **__: config
+    try:
+        yield
+    finally:
+        triton_backend._config = before
+
+
+def time_candidate(
+    session: Session,
+    kernel: str,
+    case: Case,
+    provider: Provider,
+    config: Config,
+    present: Config,
+) -> list[dict[str, Any]]:
+    """Times a configuration whose result agrees with that of the present one.
+
+    Raises:
+        WrongResultError: if it does not.
+    """
+    prepared = provider.prepare(Inputs.random(case, session.device, seed=0))
+    if session.baseline_case != case:
+        session.baseline_case, session.baseline = case, {}
+        with using(present):
+            warm_up(prepared, True, session.device, session.baseline)
+    tensors: dict[str, torch.Tensor] = {}
+    with using(config):
+        warm_up(prepared, True, session.device, tensors)
+        if wrong := disagreement(tensors, session.baseline, case):
+            raise WrongResultError(f"against the present configuration: {wrong}")
+        times = pass_times(*sample(session, prepared, True))
+    own = times[kernel]
+    flops = case.forward_flops if kernel == "forward" else case.backward_flops
+    return [
+        {
+            "case": asdict(case),
+            "kernel": kernel,
+            "mode": provider.name,
+            "config": label(kernel, config),
+            "is_present": config == present,
+            "ms": own.median,
+            "p20_ms": own.p20,
+            "p80_ms": own.p80,
+            "tflops": flops / own.median * 1e-9,
+        }
+    ]
