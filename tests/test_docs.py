@@ -1,39 +1,124 @@
-"""The examples of the documentation run as they stand."""
+"""What the documentation says is so: examples run, quoted errors exist, pictures are right."""
 
+from __future__ import annotations
+
+import ast
+import importlib.util
 import re
-from pathlib import Path
+import sys
+import warnings
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
-import prefix_attn
+from prefix_attn import PrefixLayout
+from tests.docs_examples import PAGES, ROOT, examples, pages_to_run, run_examples
 
-ROOT = Path(__file__).parents[1]
-
-
-def examples(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+QUICKSTARTS = {"README.md", "docs/pages/index.md"}
 
 
-def test_overview_example_runs():
-    (code,) = examples("docs/pages/index.md")
-    names: dict = {}
-    exec(code, names)
-    assert names["out"].shape == (2619, 8, 64)
-    assert names["q"].grad.shape == names["q"].shape
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_compile(page):
+    for example in examples(page):
+        compile(example.code, f"{page}:{example.line}", "exec")
 
 
-@pytest.mark.parametrize("code", examples("README.md"))
-def test_readme_example_runs(code):
-    names = {
-        "PrefixLayout": prefix_attn.PrefixLayout,
-        "prefix_attention": prefix_attn.prefix_attention,
-        "q": torch.randn(2619, 4, 32, requires_grad=True),
-        "k": torch.randn(2619, 2, 32),
-        "v": torch.randn(2619, 2, 16),
-    }
-    exec(code, names)
-    assert names["out"].shape == (2619, 4, 16)
+@pytest.mark.parametrize("page", sorted({*pages_to_run(integrations=False)} - QUICKSTARTS))
+def test_python_examples_run(page):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        # FlexAttention says that it is slow when it is not compiled.
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        run_examples(page, {"__name__": "example"}, integrations=False)
+
+
+@pytest.mark.parametrize("page", sorted(QUICKSTARTS))
+def test_quickstart_runs_and_has_the_shapes_that_it_names(page):
+    names = run_examples(page, {"__name__": "example"}, integrations=False)
+    layout, q = names["layout"], names["q"]
+    assert names["out"].shape == (layout.num_tokens, 8, 64)
+    assert q.grad.shape == q.shape
+    assert layout.num_tokens == 2619
+
+
+def test_every_python_block_is_found():
+    for page in PAGES:
+        fences = re.findall(r"^\s*(?:```|~~~) ?py", (ROOT / page).read_text(), flags=re.MULTILINE)
+        assert len(examples(page)) == len(fences), page
+
+
+def test_an_unknown_note_is_refused(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- example: skip -->\n```python\n1 / 0\n```\n")
+    monkeypatch.setattr("tests.docs_examples.ROOT", tmp_path)
+    with pytest.raises(ValueError, match="unknown note"):
+        examples("page.md")
+
+
+@cache
+def messages_of_the_package():
+    """Every string of the package, formatted values as an ellipsis."""
+    found = set()
+    for path in (ROOT / "prefix_attn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (x.value if isinstance(x, ast.Constant) else "…" for x in node.values)
+                found.add("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def quoted_messages():
+    """The messages that the page on troubleshooting quotes."""
+    text = (ROOT / "docs" / "pages" / "troubleshooting.md").read_text()
+    return re.findall(r"^```text\n(.*?)\n```$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_message_is_one_of_the_package(message):
+    parts = [re.escape(part) for part in message.split("…")]
+    pattern = re.compile(".*".join(parts), flags=re.DOTALL)
+    assert any(pattern.search(known) for known in messages_of_the_package())
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs" / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["docs_figures"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["docs_figures"]
+
+
+@pytest.mark.parametrize("kind", ["query", "key"])
+def test_drawn_tiles_cover_the_mask_once(figures, kind):
+    layout = PrefixLayout.from_lengths([37], [[22, 15, 27]])
+    cells = (
+        figures.query_cells(layout, 8, 8)
+        if kind == "query"
+        else figures.key_cells(layout, 8, 8, figures.MAX_CHUNK)
+    )
+    mask = layout.materialize().numpy()
+    visits = np.zeros(mask.shape, dtype=int)
+    for cell in cells:
+        tile = np.s_[cell.rows[0] : cell.rows[1], cell.keys[0] : cell.keys[1]]
+        visits[tile] += 1
+        assert cell.kind == "masked" or mask[tile].all()
+    assert (visits[mask] == 1).all()
+    assert visits.max() == 1
+
+
+def test_every_picture_is_drawn_and_shown(figures, tmp_path):
+    figures.main(["--folder", str(tmp_path)])
+    drawn = {path.stem for path in tmp_path.iterdir()}
+    kept = {path.stem for path in (ROOT / "docs" / "pages" / "figures").glob("*.svg")}
+    assert drawn == kept
+    shown = "".join((ROOT / page).read_text() for page in PAGES)
+    assert all(f"figures/{name}.svg" in shown for name in drawn)
 
 
 def test_readme_table_is_that_of_the_results():
