@@ -70,8 +70,10 @@ test-hf: $(HF_VENV)/.stamp ## transformers, TRL, PEFT and DTensor, in an environ
 	$(HF_VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations \
 		--ignore=tests/integrations/test_verl.py
 
-test-verl: $(VERL_VENV)/.stamp ## verl, in an environment of its own
-	$(VERL_VENV)/bin/python -m pytest -q tests/integrations/test_verl.py
+test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
+	$(VERL_VENV)/bin/python -m pytest -q tests/integrations/test_verl.py \
+		tests/integrations/test_transformers_exact.py \
+		tests/integrations/test_transformers_backend.py
 
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import gpu_tune, report
 from bench.cases import Case
 from bench.measure import Quantiles, Result
 from bench.providers import OURS
@@ -49,6 +49,7 @@ def write(folder: Path, records: list[dict[str, Any]]) -> int:
             flat.sort(key=lambda row: (str(row.get("kernel")), row["ms"]))
             for row in flat[:5]:
                 print(f"{row['config']}: {row['ms']:.3f} ms, {row['tflops']:.1f} TFLOP/s")
+            written += _keep_tiles(latest, folder / "tiles.json")
         if flat:
             _write_csv(flat, folder / f"{kind}.csv")
             written.append(f"{kind}.csv")
@@ -61,6 +62,17 @@ def write(folder: Path, records: list[dict[str, Any]]) -> int:
         print(f"{record['status']}: {record['key']}: {record['reason']}")
     print(f"Written to {folder}: {', '.join(written)}")
     return 1 if any(_is_ours(record["key"]) for record in bad) else 0
+
+
+def _keep_tiles(latest: list[dict[str, Any]], path: Path) -> list[str]:
+    """Writes the fastest candidate of every sweep; the name of the file if there is one."""
+    sweeps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in latest:
+        for row in record["rows"] if record["key"].startswith("tune/") else []:
+            sweeps.setdefault((row["kernel"], str(row["case"])), []).append(row)
+    for rows in sweeps.values():
+        gpu_tune.keep_best(path, rows)
+    return [path.name] if sweeps else []
 
 
 def _is_ours(key: str) -> bool:
@@ -98,7 +110,7 @@ def _result(row: dict[str, Any]) -> Result:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     case = row.get("case")
-    rest = {name: x for name, x in row.items() if name != "case"}
+    rest = {name: x for name, x in row.items() if name not in ("case", "tiles")}
     return {**(case or {}), **rest}
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bench.cases import DTYPES, Case
 from bench.gpu_units import Session, Unit, WrongResultError, sample
 from bench.measure import disagreement, pass_times, warm_up
 from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
-from prefix_attn import triton_backend
+from prefix_attn import triton_backend, tuning
 from prefix_attn.kernels.config import Config, Tile, select_config
 
 CASE = "8192,512,16,32,8,128"
@@ -114,6 +115,29 @@ def units(session: Session, options: argparse.Namespace) -> list[Unit]:
     return found
 
 
+def _capability(device: torch.device) -> int:
+    """Compute capability as major * 10 + minor, 0 in a dry run."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def keep_best(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the fastest candidate of a sweep where PREFIX_ATTN_TILES can name it.
+
+    Args:
+        path: the file; what it holds for other shapes stays.
+        rows: those of `time_candidate`, of one kernel and one case, with `compute_capability`.
+    """
+    best = min(rows, key=lambda row: row["ms"])
+    values = dict(best["tiles"])
+    tiles = {name: Tile(**values.pop(name)) for name in ("forward", "keys", "queries")}
+    case = best["case"]
+    key = tuning.key_of(best["capability"], case["dtype"], case["head_dim"], case["head_dim"])
+    tuning.store(path, key, best["kernel"], Config(**tiles, **values))
+
+
 @contextmanager
 def using(config: Config) -> Iterator[None]:
     """Launches with a configuration, whatever the device is."""
@@ -158,6 +182,8 @@ def time_candidate(
             "mode": provider.name,
             "config": label(kernel, config),
             "is_present": config == present,
+            "tiles": asdict(config),
+            "capability": _capability(session.device),
             "ms": own.median,
             "p20_ms": own.p20,
             "p80_ms": own.p80,

@@ -117,7 +117,9 @@ class Program:
         options: tuple[str, ...] = (),
     ) -> Program:
         """The program that the package would launch there."""
-        config = select_config(capability, head_dim, DTYPES[dtype], PROCESSORS)
+        config = select_config(
+            capability, head_dim, DTYPES[dtype], PROCESSORS, tf32=dtype == "tf32"
+        )
         return cls(kernel, capability, dtype, head_dim, config, options)
 
     @property

@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from bench.cases import DTYPES, Case
 from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.kernels.options import Options
+from prefix_attn.triton_backend import FORWARD_VARIABLE
 
 OURS = "prefix_attn"
 FLASH_PACKAGES = {
@@ -422,14 +425,53 @@ PROVIDERS = (
     Provider("FlexAttention", _can_compile, _prepare_flex, forward_only=_flex_forward_only),
     Provider(OURS, _always, _prepare_ours),
 )
-# Ways to call ours that compute something else, or the same in another way.
-MODES = tuple(
-    Provider(f"{OURS} {name}", _always, partial(_prepare_ours, **arguments))
-    for name, arguments in (
-        ("deterministic=False", {"deterministic": False}),
-        ("window 1024", {"window_size": 1024}),
-        ("softcap 30", {"softcap": 30.0}),
-        ("sinks", {"sinks": True}),
-        ("prefix_causal=False", {"prefix_causal": False}),
+
+
+def _no_gluon(case: Case, device: torch.device) -> str | None:
+    try:
+        from prefix_attn.kernels import gluon_forward
+    except ImportError as error:
+        return f"this Triton has no such Gluon ({error})"
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return gluon_forward.why_not(
+        10 * major + minor,
+        DTYPES[case.dtype],
+        case.head_dim,
+        case.head_dim,
+        Options(case.head_dim**-0.5),
+        None,
     )
+
+
+def _prepare_gluon(inputs: Inputs) -> Prepared:
+    """Ours with the optional Hopper forward."""
+    prepared = _prepare_ours(inputs)
+
+    def forward() -> Tensor:
+        before = os.environ.get(FORWARD_VARIABLE)
+        os.environ[FORWARD_VARIABLE] = "gluon"
+        try:
+            return prepared.forward()
+        finally:
+            if before is None:
+                del os.environ[FORWARD_VARIABLE]
+            else:
+                os.environ[FORWARD_VARIABLE] = before
+
+    return replace(prepared, forward=forward)
+
+
+# Ways to call ours that compute something else, or the same in another way.
+MODES = (
+    *(
+        Provider(f"{OURS} {name}", _always, partial(_prepare_ours, **arguments))
+        for name, arguments in (
+            ("deterministic=False", {"deterministic": False}),
+            ("window 1024", {"window_size": 1024}),
+            ("softcap 30", {"softcap": 30.0}),
+            ("sinks", {"sinks": True}),
+            ("prefix_causal=False", {"prefix_causal": False}),
+        )
+    ),
+    Provider(f"{OURS} gluon", _no_gluon, _prepare_gluon),
 )

@@ -69,7 +69,9 @@ def select_config(
     head_dim: int,
     dtype: torch.dtype,
     processors: int,
+    *,
     head_dim_v: int | None = None,
+    tf32: bool = False,
 ) -> Config:
     """Returns the configuration for a device.
 
@@ -79,11 +81,12 @@ def select_config(
         dtype: dtype of q, k and v.
         processors: multiprocessors of the device.
         head_dim_v: DV; D by default.
+        tf32: whether float32 products run on tensor cores.
     """
     dims = {head_dim, head_dim if head_dim_v is None else head_dim_v}
     head_dim = max(dims)
     if dtype == torch.float32:
-        return _float32(head_dim, processors)
+        return _float32(head_dim, processors, tf32)
     if capability < 80 or capability in (86, 89) or capability >= 120:
         return _small(head_dim, processors)
     if capability < 90:
@@ -97,7 +100,13 @@ def select_config(
 # pipeline: only with 5 stages (3 in the loop over rows) do loads run a whole tile ahead.
 
 
-def _float32(head_dim: int, processors: int) -> Config:
+def _float32(head_dim: int, processors: int, tf32: bool) -> Config:
+    if tf32 and head_dim <= 64:
+        # sm_80: 255, 0, 32 KB; 255, 0, 50 KB. sm_90: 150, 0, 48 KB; 198, 0, 64 KB.
+        return Config(Tile(64, 32), 4, Tile(32, 64), Tile(64, 32), 4, processors)
+    if tf32 and head_dim <= 128:
+        # sm_80: 255, 0, 72 KB; 255, 0, 80 KB. sm_90: 248, 0, 96 KB; 236, 0, 80 KB.
+        return Config(Tile(64, 32), 4, Tile(32, 32), Tile(32, 32), 4, processors)
     # Full float32 products do not use tensor cores: with 4 warps or larger tiles these spill.
     # D 64: 203, 0, 36 KB. D 128: 202, 0, 33 KB. D 256 spills in every shape: 255, 884/932, 65 KB.
     tile = Tile(32, 32) if head_dim <= 64 else Tile(16, 16)

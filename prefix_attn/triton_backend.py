@@ -120,7 +120,9 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _config(q: Tensor, v: Tensor) -> Config:
+    from prefix_attn import tuning
     from prefix_attn.kernels.config import INTERPRETER, select_config
+    from prefix_attn.kernels.primitives import dot_precision
 
     if q.device.type != "cuda":
         return INTERPRETER
@@ -131,7 +133,11 @@ def _config(q: Tensor, v: Tensor) -> Config:
         dtype=q.dtype,
         processors=properties.multi_processor_count,
         head_dim_v=v.shape[2],
+        tf32=dot_precision(q.dtype) == "tf32",
     )
+    if path := os.environ.get(tuning.VARIABLE):
+        key = tuning.key_of(_capability(q.device), q.dtype, q.shape[2], v.shape[2])
+        config = tuning.apply(path, key, config)
     return replace(config, l2_bytes=properties.L2_cache_size)
 
 

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 IS_OLDEST = triton.__version__.startswith("3.6.")
 BOUNDED = {
     "GROUP", "D", "DV", "ACC", "PRECISION", "NEGATIVE_SCALE", "HAS_DLSE", "NUM_STAGES", "CAUSAL",
-    "WINDOW", "SOFTCAP", "SINKS", "SUBSET", "ACCURATE",
+    "WINDOW", "SOFTCAP", "SINKS", "SUBSET", "ACCURATE", "DESCRIPTORS",
 }  # fmt: skip
-RUNTIME = ("num_", "stride_", "scale", "softcap", "window_size")
+RUNTIME = ("num_", "stride_", "scale", "softcap", "window_size", "heads_per_section")
 
 needs_compiler = pytest.mark.skipif(
     bool(machine_code.missing_tools()), reason=machine_code.missing_tools() or "all tools found"
@@ -296,7 +296,7 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
             bounded = name in BOUNDED or name.startswith(("BLOCK_", "KEYS_", "QUERIES_"))
             assert bounded, f"{name} is constexpr: each new value compiles again"
         else:
-            assert name.endswith("_ptr") or name.startswith(RUNTIME)
+            assert name.endswith(("_ptr", "_desc")) or name.startswith(RUNTIME)
         if name in ("num_queries", "num_keys", "num_key_items", "window_size"):
             assert parameter.do_not_specialize
 
