@@ -725,7 +725,7 @@ def test_driver_version_is_that_of_the_kernel_module(tmp_path, monkeypatch):
 # ---- bench --------------------------------------------------------------------------------------
 
 TINY = ("--prefix", 48, "--suffix", 16, "--group", 3, "--heads", 4, "--kv-heads", 2)
-QUICK = (*TINY, "--head-dim", 16, "--minutes", 0.0001, "--device", "cpu")
+QUICK = (*TINY, "--head-dim", 16, "--minutes", 1e-9, "--device", "cpu")
 
 
 def test_bench_compares_medians_with_the_ideal(run_json):
