@@ -27,10 +27,13 @@ $(OLD_VENV)/.stamp: pyproject.toml
 		pytest pytest-xdist hypothesis
 	touch $@
 
+# These two change every few weeks, and what they change decides about models: a new version is
+# taken on purpose.
 $(HF_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(HF_VENV)
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[hf,trl]' \
+		'transformers==5.24.*' 'trl==1.16.*' \
 		accelerate peft prefix-grouper pytest pytest-xdist hypothesis
 	touch $@
 

@@ -565,7 +565,7 @@ REFUSED = {
     "bloom": "position bias",
     "mpt": "position bias",
     "doge": "masks depend on keys",
-    "gptj": "attention interface",
+    "gpt_neo": "attention interface",
     "bert": "not causal",
     "bart": "not causal",
 }
