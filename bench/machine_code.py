@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from bench import sass
-from prefix_attn.kernels.config import Config, select_config
+from prefix_attn.kernels.config import Config, Tile, select_config
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("forward", "backward", "delta", "reduce")
@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "bidirectional": {"prefix_causal": False},
     "subset": {"queries_for": [1, 2]},
+    "fused": {"deterministic": False},
 }
 HEADS, KV_HEADS = 32, 8
 PROCESSORS = 132
@@ -146,7 +147,7 @@ class Program:
         """Tiles, warps and stages; for the backward those of dK and dV, then those of dQ."""
         tiles = {
             "forward": (self.config.forward,),
-            "backward": (self.config.keys, self.config.queries),
+            "backward": (self.keys,) if self.is_fused else (self.keys, self.config.queries),
         }.get(self.kernel, ())
         text = " + ".join(f"{t.block_m}x{t.block_n} s{t.num_stages}" for t in tiles)
         return f"{text} w{self.warps}".strip()
@@ -156,7 +157,23 @@ class Program:
         config = self.config
         if self.kernel == "forward":
             return config.forward.area
-        return config.keys.area if "key" in function else config.queries.area
+        return self.keys.area if "key" in function else config.queries.area
+
+    def products(self, function: str) -> int:
+        """Matrix products per tile of the loops of a source function."""
+        found = next((n for word, n in PRODUCTS.items() if word in function), 2)
+        return found + 1 if self.is_fused and "key" in function else found
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is a backward in which programs that own keys add up dQ."""
+        chosen = "fused" in self.options and self.kernel == "backward"
+        return chosen and self.config.fused is not None
+
+    @property
+    def keys(self) -> Tile:
+        """The tile of dK and dV."""
+        return self.config.fused if self.is_fused and self.config.fused else self.config.keys
 
 
 @dataclass(frozen=True)
@@ -278,7 +295,7 @@ class Report:
         useful = apart = together = 0.0
         for function, loop in self.figures.loops.items():
             area = self.program.area(function)
-            products = _products(function)
+            products = self.program.products(function)
             part = 2 if products == 3 and self.program.kernel == "backward" else 0
             useful += loop.useful / area * (products - part) / products
             apart += loop.apart / area
@@ -330,10 +347,6 @@ class Report:
                 yield Violation("tensor cores", text)
             if figures.descriptors and self.program.capability >= 90 and not loop.tma:
                 yield Violation("descriptors", f"has no UTMALDG in the full loop of {function}")
-
-
-def _products(function: str) -> int:
-    return next((n for word, n in PRODUCTS.items() if word in function), 2)
 
 
 class _StandInDriver:
@@ -499,7 +512,7 @@ def read_figures(
 
 
 def _loop_figures(program: Program, function: str, loop: sass.Loop) -> LoopFigures:
-    products = program.area(function) * _products(function)
+    products = program.area(function) * program.products(function)
     padded = 1 << (program.head_dim - 1).bit_length()
     clocks = sass.model(
         loop,
@@ -635,26 +648,35 @@ def selected(
 
 
 def with_options(architectures: list[int], head_dim: int = 128) -> list[Program]:
-    """Forward and backward with each option, bfloat16."""
-    return [
+    """Forward and backward with each option, where it changes them; bfloat16."""
+    programs = [
         Program.from_selection(kernel, capability, "bfloat16", head_dim, (option,))
         for capability in architectures
         for option in OPTIONS
         for kernel in ("forward", "backward")
     ]
+    return [x for x in programs if "fused" not in x.options or x.is_fused]
 
 
 def quick() -> list[Program]:
     """The set of the tests: two and a half minutes on two cores."""
     plain = selected(list(ARCHITECTURES), ["bfloat16"], list(HEAD_DIMS), ["forward", "backward"])
-    return plain + with_options([90])
+    return plain + with_options([90]) + fused_64()
 
 
 def everything() -> list[Program]:
     """What is compiled by hand."""
     dtypes = [dtype for dtype in DTYPES if dtype != "float16"]
     plain = selected(list(ARCHITECTURES), dtypes, list(HEAD_DIMS), list(KERNELS))
-    return plain + with_options(list(ARCHITECTURES))
+    return plain + with_options(list(ARCHITECTURES)) + fused_64()
+
+
+def fused_64() -> list[Program]:
+    """The fused backward at head dimension 64, where more architectures have it than at 128."""
+    return [
+        Program.from_selection("backward", capability, "bfloat16", 64, ("fused",))
+        for capability in (90, 100)
+    ]
 
 
 def missing_tools() -> str:

@@ -1,4 +1,4 @@
-"""Backward pass: dQ, dK and dV in one launch, deterministic, without atomics.
+"""Backward pass: dQ, dK and dV in one launch; deterministic and without atomics, unless fused.
 
 A preprocess computes delta. Then one grid (work entries x KV heads, in sections of heads as in the
 forward pass) holds two kinds of programs, longest first:
@@ -9,6 +9,9 @@ forward pass) holds two kinds of programs, longest first:
   adds these in a fixed order.
 * A program that owns a query tile of one query head runs over the keys that it sees, as in the
   forward pass, and writes dQ.
+
+Where the caller gives up the same bits in every run, there are programs that own keys only. They
+add dS K to a float32 sum of dQ by TMA: S and dP are computed once, five products instead of seven.
 
 The full loop comes first in both: a masked loop before it would be serialised by the compiler.
 """
@@ -22,6 +25,7 @@ import triton.language as tl
 from prefix_attn.kernels.config import Config
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
+    INTERPRETED,
     LOG2E,
     accumulator,
     dot_precision,
@@ -34,6 +38,7 @@ from prefix_attn.kernels.primitives import (
     scalar_argument,
     store_masked,
     tanh,
+    tile_descriptor,
     tile_ptrs,
     triton_accumulator,
 )
@@ -107,15 +112,31 @@ def key_step(
     if SOFTCAP:
         ds = ds * slope
     # dK += dS^T Q                                                                       (B6)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
-    return dk, dv
+    ds = ds.to(q.dtype)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    return dk, dv, ds
+
+
+@triton.jit
+def add_to_queries(
+    ds, k, dq_ptr, dq_desc, row, head, num_heads, mask_m, offs_m, offs_d,
+    D: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds dS K of one row tile to a sum (Tq, Hq, D) of dQ, without the scale, in any order."""
+    # dQ += dS K                                                                         (B8)
+    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION, out_dtype=ACC)
+    if DESCRIPTORS:
+        dq_desc.atomic_add([row, head * D], dq)
+    else:
+        dq_ptrs = tile_ptrs(dq_ptr, row, head, num_heads * D, D, offs_m, offs_d)
+        tl.atomic_add(dq_ptrs, dq, mask=mask_m[:, None] & (offs_d < D)[None, :], sem="relaxed")
 
 
 @triton.jit
 def key_tile(
     item, kv_head,
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr,
-    rule_ptr, key_items_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dq_desc, dk_ptr, dv_ptr,
+    dk_part_ptr, dv_part_ptr, rule_ptr, key_items_ptr, rows_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_do_t, stride_do_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
     num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
@@ -123,6 +144,7 @@ def key_tile(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SUBSET: tl.constexpr, SOFTCAP: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of keys [col0, col1) of one KV head, or a partial sum of them."""
@@ -164,10 +186,15 @@ def key_tile(
         flat = head.to(tl.int64) * num_queries + row + offs_m
         lse_log2 = tl.load(lse_ptr + flat) * LOG2E
         delta = tl.load(delta_ptr + flat)
-        dk, dv = key_step(
+        dk, dv, ds = key_step(
             q, do, k, v, lse_log2, delta, dk, dv, scale, softcap,
             None, None, None, None, None, False, WINDOW, SOFTCAP, ACCURATE, PRECISION,
         )  # fmt: skip
+        if FUSED:
+            add_to_queries(
+                ds, k, dq_ptr, dq_desc, row, head, num_kv_heads * GROUP,
+                offs_m < BLOCK_M, offs_m, offs_d, D, DESCRIPTORS, ACC, PRECISION,
+            )  # fmt: skip
 
     seen_from, seen_until, position = key_rule(rule_ptr, cols, mask_n, num_keys, CAUSAL, WINDOW)
     for j in tl.range(0, GROUP * num_masked, num_stages=1):
@@ -194,11 +221,17 @@ def key_tile(
         flat = head.to(tl.int64) * num_queries + queries
         lse_log2 = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
-        dk, dv = key_step(
+        dk, dv, ds = key_step(
             q, do, k, v, lse_log2, delta, dk, dv, scale, softcap,
             rows, floor, seen_from, seen_until, position,
             True, WINDOW, SOFTCAP, ACCURATE, PRECISION,
         )  # fmt: skip
+        if FUSED:
+            # Rows that see no key of the tile get zeros.
+            add_to_queries(
+                ds, k, dq_ptr, dq_desc, row, head, num_kv_heads * GROUP,
+                mask_m, offs_m, offs_d, D, DESCRIPTORS, ACC, PRECISION,
+            )  # fmt: skip
 
     # dK = scale sum_h dS^T Q                                                            (B7)
     dk = dk * scale
@@ -328,7 +361,7 @@ def query_tile(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dq_desc, dk_ptr, dv_ptr,
     dk_part_ptr, dv_part_ptr,
     rule_ptr, order_ptr, key_items_ptr, rows_ptr, query_items_ptr, columns_ptr, masked_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
@@ -341,20 +374,21 @@ def backward_kernel(
     KEYS_M: tl.constexpr, KEYS_N: tl.constexpr, KEYS_STAGES: tl.constexpr,
     QUERIES_M: tl.constexpr, QUERIES_N: tl.constexpr, QUERIES_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SUBSET: tl.constexpr, SOFTCAP: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ACCURATE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     entry, kv_head = entry_and_head(tl.program_id(0), num_entries, heads_per_section)
     item = tl.load(order_ptr + 2 * entry)
-    if item < num_key_items:
+    if FUSED or item < num_key_items:
         key_tile(
             item, kv_head,
-            q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+            q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dq_desc, dk_ptr, dv_ptr,
             dk_part_ptr, dv_part_ptr, rule_ptr, key_items_ptr, rows_ptr,
             stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
             stride_do_t, stride_do_h, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
             num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
             GROUP, D, DV, BLOCK_D, BLOCK_DV, KEYS_M, KEYS_N, KEYS_STAGES,
-            CAUSAL, WINDOW, SUBSET, SOFTCAP, ACCURATE, ACC, PRECISION,
+            CAUSAL, WINDOW, SUBSET, SOFTCAP, FUSED, DESCRIPTORS, ACCURATE, ACC, PRECISION,
         )  # fmt: skip
     else:
         head = kv_head * GROUP + tl.load(order_ptr + 2 * entry + 1)
@@ -424,6 +458,8 @@ def launch_backward(
     tables: BackwardTables,
     options: Options,
     config: Config,
+    *,
+    fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Runs the preprocess, the backward kernel and the reduction of split tiles.
 
@@ -439,6 +475,7 @@ def launch_backward(
         tables: work lists made for `config.keys` and `config.queries`.
         options: of the call.
         config: tile shapes.
+        fused: programs that own keys add up dQ; `tables.order` holds no others.
 
     Returns:
         dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.
@@ -475,6 +512,8 @@ def launch_backward(
     head_bytes = (k.shape[0] * num_kv_heads + num_queries * num_heads) // num_kv_heads * k.itemsize
     section = config.heads_per_section(num_kv_heads, head_bytes * (head_dim + head_dim_v))
     part_shape = (tables.num_slots, num_kv_heads, config.keys.block_n)
+    dq_sum = q.new_zeros(q.shape, dtype=acc) if fused else dq
+    descriptors = fused and not INTERPRETED
     dk_part = k.new_empty(*part_shape, head_dim, dtype=acc)
     dv_part = v.new_empty(*part_shape, head_dim_v, dtype=acc)
     backward_kernel[(tables.order.shape[0] * num_kv_heads,)](
@@ -484,7 +523,8 @@ def launch_backward(
         dout_ptr=dout,
         lse_ptr=lse,
         delta_ptr=delta,
-        dq_ptr=dq,
+        dq_ptr=dq_sum,
+        dq_desc=tile_descriptor(dq_sum, config.keys.block_m) if descriptors else dq_sum,
         dk_ptr=dk,
         dv_ptr=dv,
         dk_part_ptr=dk_part,
@@ -534,6 +574,8 @@ def launch_backward(
         WINDOW=options.window_size is not None,
         SUBSET=num_queries < k.shape[0],
         SOFTCAP=options.softcap is not None,
+        FUSED=fused,
+        DESCRIPTORS=descriptors,
         ACCURATE=q.dtype.itemsize >= 4,
         ACC=tl_acc,
         PRECISION=dot_precision(q.dtype),
@@ -541,6 +583,9 @@ def launch_backward(
         enable_fp_fusion=True,
     )
 
+    if fused:
+        # (B9)
+        torch.mul(dq_sum, options.scale, out=dq)
     if tables.num_slots:
         for part, grad, size, block in (
             (dk_part, dk, head_dim, block_d),

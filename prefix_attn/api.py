@@ -87,8 +87,9 @@ def prefix_attention(
         prefix_causal: False lets the rows of every segment that others continue see all of it, as
             prefix language models do; a window still ends what they see behind them.
         return_lse: also return the log-sum-exp of the scores, sinks included.
-        deterministic: gradients have the same bits from run to run. Every backend is
-            deterministic, so None, True and False do the same today.
+        deterministic: False lets the Triton kernels sum dQ in any order where that is faster (not
+            yet run on a GPU). Else gradients have the same bits from run to run, as they have
+            under `torch.use_deterministic_algorithms` or FLASH_ATTENTION_DETERMINISTIC=1.
         backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "cpu", "reference"
             (dense), or "auto": triton on CUDA; on the CPU cpu, or reference for options that cpu
             lacks. A named backend never falls back to another one.
@@ -147,7 +148,17 @@ def prefix_attention(
         )
     else:
         out, lse = PrefixAttention.apply(
-            q, k, v, sinks, layout.segments, scale, softcap, window_size, prefix_causal, backend
+            q,
+            k,
+            v,
+            sinks,
+            layout.segments,
+            scale,
+            softcap,
+            window_size,
+            prefix_causal,
+            backend,
+            deterministic is not False,
         )
     return (out, lse) if return_lse else out
 

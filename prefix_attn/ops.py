@@ -28,7 +28,8 @@ torch.library.define(
     "prefix_attn::backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
     " Tensor? sinks, Tensor segments, float scale, float? softcap, int? window_size,"
-    " bool prefix_causal, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    " bool prefix_causal, str backend, bool deterministic=True)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -94,11 +95,12 @@ def _backward(
     window_size: int | None,
     prefix_causal: bool,
     backend: str,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if q.numel() == 0:
         dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
-    options = Options(scale, softcap, window_size, prefix_causal)
+    options = Options(scale, softcap, window_size, prefix_causal, deterministic)
     dq, dk, dv, dsinks = BACKENDS[backend].backward(
         dout, q, k, v, out, lse, dlse, sinks, segments, options
     )
@@ -121,6 +123,7 @@ def _fake_backward(
     window_size: int | None,
     prefix_causal: bool,
     backend: str,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
@@ -149,8 +152,9 @@ class PrefixAttentionBackward(torch.autograd.Function):
         window_size: int | None,
         prefix_causal: bool,
         backend: str,
+        deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        options = (scale, softcap, window_size, prefix_causal, backend)
+        options = (scale, softcap, window_size, prefix_causal, backend, deterministic)
         return torch.ops.prefix_attn.backward(
             dout, q, k, v, out, lse, dlse, sinks, segments, *options
         )
@@ -167,7 +171,7 @@ class PrefixAttentionBackward(torch.autograd.Function):
 
 
 class PrefixAttention(torch.autograd.Function):
-    """Binds the two operators; arguments and results are those of `prefix_attn::forward`."""
+    """Binds the two operators; arguments and results are theirs."""
 
     @staticmethod
     def forward(
@@ -181,6 +185,7 @@ class PrefixAttention(torch.autograd.Function):
         window_size: int | None,
         prefix_causal: bool,
         backend: str,
+        deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         options = (scale, softcap, window_size, prefix_causal, backend)
         return torch.ops.prefix_attn.forward(q, k, v, sinks, segments, *options)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_STRIDE = 2**23
 # Environment variable that chooses the forward kernel: triton, or gluon where that can serve.
 FORWARD_VARIABLE = "PREFIX_ATTN_FORWARD"
+# With 1 in this one every attention of a program is deterministic, as transformers knows it.
+DETERMINISTIC_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 
 
 def forward(
@@ -85,12 +87,25 @@ def backward(
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
     config = _config(q, v)
+    fused = config.fused is not None and _any_order(options)
+    if config.fused is not None and fused:
+        config = replace(config, keys=config.fused)
     tables = _backward_tables(
-        _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], q.device
+        _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device
     )
     lse = lse.contiguous()
+    arguments = (dout, q, k, v, out, lse, dlse, sinks, tables, options, config)
     with _current(q):
-        return launch_backward(dout, q, k, v, out, lse, dlse, sinks, tables, options, config)
+        return launch_backward(*arguments, fused=fused)
+
+
+def _any_order(options: Options) -> bool:
+    """Whether nobody asks for gradients with the same bits in every run."""
+    return not (
+        options.deterministic
+        or torch.are_deterministic_algorithms_enabled()
+        or os.environ.get(DETERMINISTIC_VARIABLE) == "1"
+    )
 
 
 def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
@@ -185,7 +200,7 @@ def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTable
 
 @lru_cache(schedule.CACHED_LAYOUTS)
 def _backward_tables(
-    key: _Key, config: Config, heads: int, group: int, device: torch.device
+    key: _Key, config: Config, heads: int, group: int, fused: bool, device: torch.device
 ) -> BackwardTables:
     from prefix_attn.kernels.backward import BackwardTables
 
@@ -202,6 +217,8 @@ def _backward_tables(
         forest, config.queries.block_m, config.queries.block_n
     )
     order, _ = schedule.backward_order(keys, queries, config.keys.area, config.queries.area, group)
+    if fused:
+        order = order[order[:, 0] < len(keys.items)]
     return BackwardTables(
         rule=_rule(key, device),
         order=_to(device, order),

@@ -32,6 +32,7 @@ OPTIONS = ("window_size", "softcap", "sinks", "prefix_causal=False")
 ENVIRONMENT = {
     "PREFIX_ATTN_FORWARD": "gluon runs the optional Hopper forward, not yet run on a GPU",
     "PREFIX_ATTN_TILES": "file of tiles that `make gpu-tune` wrote, instead of the built-in ones",
+    "FLASH_ATTENTION_DETERMINISTIC": "1 overrules deterministic=False",
     "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's interpreter, on any device",
     "COLUMNS": "width of what these commands print, instead of the terminal's",
 }

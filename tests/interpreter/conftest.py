@@ -72,9 +72,10 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[AddressGuard]:
     """Fails a test whose kernels touch memory that is not theirs, or write it twice."""
     seen = AddressGuard()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, init = (
+    load, store, add, init = (
         builder.create_masked_load,
         builder.create_masked_store,
+        builder.create_atomic_rmw,
         executor._init_args_hst,
     )
 
@@ -86,6 +87,10 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[AddressGuard]:
         seen.access("store", pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def guarded_add(self: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen.access("atomic", pointers, mask)
+        return add(self, kind, pointers, value, mask, *rest)
+
     def guarded_init(self: Any, arguments: Any, named: Any) -> Any:
         result = init(self, arguments, named)
         seen.start_launch([*result[0], *result[1].values()])
@@ -93,6 +98,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[AddressGuard]:
 
     monkeypatch.setattr(builder, "create_masked_load", guarded_load)
     monkeypatch.setattr(builder, "create_masked_store", guarded_store)
+    monkeypatch.setattr(builder, "create_atomic_rmw", guarded_add)
     monkeypatch.setattr(executor, "_init_args_hst", guarded_init)
     yield seen
     seen.finish_launch()

@@ -165,9 +165,9 @@ def test_split_layout_really_splits(monkeypatch):
     slots = []
     launch = backward.launch_backward
 
-    def recorded(*arguments):
+    def recorded(*arguments, **named):
         slots.append(next(x for x in arguments if isinstance(x, backward.BackwardTables)).num_slots)
-        return launch(*arguments)
+        return launch(*arguments, **named)
 
     monkeypatch.setattr(backward, "launch_backward", recorded)
     _check(SPLIT, 4, 1, 16, 16, torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.kernels import backward
 from prefix_attn.testing import assert_within_budget
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
@@ -29,6 +32,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "bidirectional": {"prefix_causal": False},
     "window+bidirectional": {"window_size": 17, "prefix_causal": False},
+    "any order": {"deterministic": False},
+    "all, any order": {
+        "window_size": 40,
+        "softcap": 2.0,
+        "sinks": True,
+        "prefix_causal": False,
+        "scale": -0.4,
+        "deterministic": False,
+    },
     "all": {
         "window_size": 40,
         "softcap": 2.0,
@@ -37,6 +49,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "scale": -0.4,
     },
 }
+
+
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Without PyTorch's switch, which the fixtures of these tests turn on."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _results(
@@ -56,13 +78,14 @@ def _results(
     if options.get("sinks"):
         options["sinks"] = leaves[3]
     outputs = prefix_attention(*leaves[:3], layout, return_lse=True, backend=backend, **options)
-    grads = torch.autograd.grad(
-        outputs,
-        leaves,
-        (dout.detach(), dlse.detach().to(outputs[1].dtype)),
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with any_order() if options.get("deterministic") is False else nullcontext():
+        grads = torch.autograd.grad(
+            outputs,
+            leaves,
+            (dout.detach(), dlse.detach().to(outputs[1].dtype)),
+            allow_unused=True,
+            materialize_grads=True,
+        )
     return (*(x.detach() for x in outputs), *grads)
 
 
@@ -114,6 +137,33 @@ def test_triton_members_that_fill_tiles_keep_their_bits_when_permuted():
             assert torch.equal(a[rows], b)
 
 
+def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
+    seen = []
+    launch = backward.launch_backward
+
+    def recorded(*arguments, fused):
+        seen.append(fused)
+        return launch(*arguments, fused=fused)
+
+    monkeypatch.setattr(backward, "launch_backward", recorded)
+
+    def run(deterministic: bool | None) -> None:
+        x = torch.randn(5, 1, 16, requires_grad=True)
+        layout = PrefixLayout.from_lengths([3], [[1, 1]])
+        prefix_attention(
+            x, x, x, layout, deterministic=deterministic, backend="triton"
+        ).sum().backward()
+
+    run(False)  # PyTorch's switch is on in these tests
+    with any_order():
+        run(None)
+        run(True)
+        run(False)
+        monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+        run(False)
+    assert seen == [False, False, False, True, False]
+
+
 def test_triton_options_have_the_same_bits_from_run_to_run():
     first, second = (_results(GROUPS, OPTIONS["all"], torch.float32, "triton") for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -142,5 +192,6 @@ def test_triton_on_random_forests_with_random_options(data):
         "sinks": data.draw(st.sampled_from([None, True])),
         "prefix_causal": data.draw(st.booleans()),
         "scale": data.draw(st.sampled_from([None, 1.0, -0.5, 0.0])),
+        "deterministic": data.draw(st.sampled_from([None, False])),
     }
     _check(layout, options, torch.float64)
