@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 IS_OLDEST = triton.__version__.startswith("3.6.")
 BOUNDED = {
     "GROUP", "D", "DV", "ACC", "PRECISION", "NEGATIVE_SCALE", "HAS_DLSE", "NUM_STAGES", "CAUSAL",
-    "WINDOW", "SOFTCAP", "SINKS", "SUBSET", "ACCURATE", "DESCRIPTORS",
+    "WINDOW", "SOFTCAP", "SINKS", "SUBSET", "ACCURATE", "DESCRIPTORS", "FUSED",
 }  # fmt: skip
 RUNTIME = ("num_", "stride_", "scale", "softcap", "window_size", "heads_per_section")
 
