@@ -28,7 +28,7 @@ torch.library.define(
     "prefix_attn::backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
     " Tensor? sinks, Tensor segments, float scale, float? softcap, int? window_size,"
-    " bool prefix_causal, str backend, bool deterministic=True)"
+    " bool prefix_causal, str backend, bool deterministic)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -95,7 +95,7 @@ def _backward(
     window_size: int | None,
     prefix_causal: bool,
     backend: str,
-    deterministic: bool = True,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if q.numel() == 0:
         dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
@@ -123,7 +123,7 @@ def _fake_backward(
     window_size: int | None,
     prefix_causal: bool,
     backend: str,
-    deterministic: bool = True,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks

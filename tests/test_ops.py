@@ -127,7 +127,7 @@ def test_operators_pass_opcheck(layout: PrefixLayout, dtype: torch.dtype) -> Non
         out, lse = forward(q, k, v, sinks, *rest)
         dlse = torch.randn_like(lse) if has_dlse else None
         saved = (q, k, v, out, lse, dlse, sinks, *rest)
-        torch.library.opcheck(backward, (torch.randn_like(out), *saved))
+        torch.library.opcheck(backward, (torch.randn_like(out), *saved, True))
 
 
 def test_operators_pass_opcheck_on_strided_inputs() -> None:
@@ -140,8 +140,14 @@ def test_operators_pass_opcheck_on_strided_inputs() -> None:
     out, lse = forward(q, k, v, *rest)
     dout = torch.ones(()).expand_as(out)
     torch.library.opcheck(
-        torch.ops.prefix_attn.backward.default, (dout, q, k, v, out, lse, None, *rest)
+        torch.ops.prefix_attn.backward.default, (dout, q, k, v, out, lse, None, *rest, True)
     )
+
+
+def test_operators_have_no_default_arguments() -> None:
+    """The dispatcher drops arguments that equal their default: rules of DTensor would miss them."""
+    for op in (torch.ops.prefix_attn.forward.default, torch.ops.prefix_attn.backward.default):
+        assert not [x.name for x in op._schema.arguments if x.has_default_value()]
 
 
 def test_operator_refuses_layout_for_other_tokens() -> None:

@@ -261,4 +261,6 @@ def test_triton_operators_pass_opcheck():
     rest = (TREE.segments, 0.25, None, None, True, "triton")
     out, lse = operators.forward(q, k, v, sinks, *rest)
     torch.library.opcheck(operators.forward.default, (q, k, v, sinks, *rest))
-    torch.library.opcheck(operators.backward.default, (dout, q, k, v, out, lse, None, sinks, *rest))
+    saved = (q, k, v, out, lse, None, sinks, *rest)
+    for deterministic in (True, False):
+        torch.library.opcheck(operators.backward.default, (dout, *saved, deterministic))
