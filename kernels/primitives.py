@@ -146,8 +146,12 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of float32 products: PyTorch's own setting for matrix products decides."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """Precision of float32 products: PyTorch's own setting for matrix products decides.
+
+    Its older name, `allow_tf32`, can be set as well but not always read: reading it raises once
+    the newer one was set.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -247,11 +247,15 @@ class QueryTiles:
                 ragged.append((start + num_own * block_n if start == own0 else start, end))
                 node = anchor[node]
                 end = ends[node]
-            pieces = [
-                (col, min(col + block_n, end))
-                for start, end in ragged
-                for col in range(start, end, block_n)
-            ]
+            pieces: list[tuple[int, int]] = []
+            for start, end in sorted(ragged):
+                if pieces and end - pieces[-1][0] <= block_n:
+                    # One tile for both: no row sees the keys between them, and a full tile, as
+                    # wide as this one, does not fit there.
+                    pieces[-1] = pieces[-1][0], end
+                else:
+                    cols = range(start, end, block_n)
+                    pieces += [(col, min(col + block_n, end)) for col in cols]
             items[tile, 3:] = list0, num_listed, own0, num_own, len(masked), len(pieces)
             masked += pieces
         return np.array(columns, dtype=np.int64), np.array(masked, dtype=np.int64)

@@ -186,6 +186,20 @@ def test_tables_grow_linearly_with_tokens():
         assert all(b <= 2.1 * a for a, b in zip(before, after, strict=True))
 
 
+def test_short_segments_of_a_deep_tree_share_masked_tiles():
+    """A comb: each of 200 segments has a leaf and the next segment, 8 tokens each."""
+    depth = 200
+    lengths, parents = [8] * (2 * depth), [-1]
+    for i in range(1, 2 * depth):
+        parents.append(i - 1 if i % 2 else i - 2)
+    tree, mask = _forest(lengths, parents)
+    tiles = QueryTiles.from_forest(tree, 128, 64)
+    np.testing.assert_array_equal(_cover_queries(tiles, mask, 64), mask)
+    # Half of the keys before a tile belong to leaves that its rows do not see.
+    visited = 128 * 64 * tiles.items[:, [4, 6, 8]].sum()
+    assert visited <= 3 * mask.sum()
+
+
 def test_tables_of_an_empty_forest_are_empty():
     for lengths, parents in (([], []), ([0, 0], [-1, 0])):
         tree, _ = _forest(lengths, parents)

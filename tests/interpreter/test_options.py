@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.kernels import backward
+from prefix_attn.kernels.primitives import dot_precision
 from prefix_attn.testing import assert_within_budget
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
@@ -195,3 +196,36 @@ def test_triton_on_random_forests_with_random_options(data):
         "deterministic": data.draw(st.sampled_from([None, False])),
     }
     _check(layout, options, torch.float64)
+
+
+SWITCHES = {
+    "matmul.fp32_precision": (
+        lambda on: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if on else "ieee")
+    ),
+    "backends.fp32_precision": (
+        lambda on: setattr(torch.backends, "fp32_precision", "tf32" if on else "none")
+    ),
+    "set_float32_matmul_precision": (
+        lambda on: torch.set_float32_matmul_precision("high" if on else "highest")
+    ),
+    "matmul.allow_tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+}
+
+
+@pytest.fixture
+def default_precision() -> Iterator[None]:
+    """Leaves PyTorch's switches for tf32 as they are at the start of a process."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_float32_products_follow_every_switch_of_pytorch(switch, default_precision):
+    """Once one of them was set, reading another one may raise."""
+    assert dot_precision(torch.float32) == "ieee"
+    switch(True)
+    assert dot_precision(torch.float32) == "tf32"
+    assert dot_precision(torch.bfloat16) == "ieee"
+    switch(False)
+    assert dot_precision(torch.float32) == "ieee"
