@@ -29,6 +29,7 @@ from prefix_attn.kernels.primitives import (
     load_full,
     load_masked,
     log2_scale,
+    needs_accurate_tanh,
     row_floor,
     scalar_argument,
     softmax_step,
@@ -82,7 +83,7 @@ def forward_kernel(
     scale_log2 = log2_scale(scale, ACC)
     if NEGATIVE_SCALE:
         # The running maximum wants a scale that keeps the order.
-        q = (-q).to(q.dtype)
+        q = (-q.to(ACC)).to(q.dtype)
         scale_log2 = -scale_log2
     if SOFTCAP:
         cap_scale = tl.full([], scale, ACC) / softcap
@@ -238,7 +239,7 @@ def launch_forward(
         WINDOW=options.window_size is not None,
         SOFTCAP=options.softcap is not None,
         SINKS=sinks is not None,
-        ACCURATE=q.dtype.itemsize >= 4,
+        ACCURATE=needs_accurate_tanh(q.dtype, options.softcap),
         DESCRIPTORS=descriptors,
         ACC=triton_accumulator(q.dtype),
         PRECISION=dot_precision(q.dtype),

@@ -13,6 +13,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for "forbidden" in log2 units: exp2 of it is 0, yet differences of it are no NaN.
 FORBIDDEN = tl.constexpr(-1.0e30)
+# Above this softcap even 16-bit results show the error of the fast tanh.
+LARGE_SOFTCAP = 128.0
 
 
 @triton.jit
@@ -153,6 +155,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def needs_accurate_tanh(dtype: torch.dtype, softcap: float | None) -> bool:
+    """Whether results near zero count: a softcap multiplies their error, 1e-7, by itself."""
+    return dtype.itemsize >= 4 or (softcap is not None and softcap > LARGE_SOFTCAP)
 
 
 def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:

@@ -41,7 +41,7 @@ class _Part:
 
 
 def _parts(segments: Tensor, options: Options) -> list[_Part]:
-    """The filled segments in packed order; neighbouring leaves of one length go together."""
+    """The filled segments in packed order; neighbouring leaves of one kind go together."""
     forest = forest_of(segments.numpy().tobytes(), None, options.prefix_causal)
     before = forest.queries_before.tolist()
     parts: list[_Part] = []
@@ -65,6 +65,8 @@ def _parts(segments: Tensor, options: Options) -> list[_Part]:
             and last.below == slice(queries.start, queries.start)
             and _length(last.queries)
             and last.length == end - start
+            # One with empty children only is a leaf for its rows, and yet may be bidirectional.
+            and last.causal is not bidirectional
         ):
             queries = slice(last.queries.start, queries.stop)
             parts[-1] = replace(last, count=last.count + 1, queries=queries, below=below)

@@ -36,6 +36,21 @@ def reference_attention(
     Returns:
         out (Tq, Hq, DV) in the dtype of q, and lse (Hq, Tq), natural log, sinks included.
     """
+    with torch.autocast(q.device.type, enabled=False):  # it would round the products
+        return _attend(q, k, v, layout, scale, window_size, softcap, sinks, prefix_causal)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    prefix_causal: bool,
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))

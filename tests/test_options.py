@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.options_table import BACKENDS, OPTIONS, is_served, render
@@ -24,6 +26,8 @@ LAYOUTS = {
     "inner queries": TREE.queries_for([1, 4, 6]),
     "leaf queries": TREE.queries_for([5, 2]),
     "no queries": TREE.queries_for([]),
+    # The first segment is continued, by an empty one only; the last one is as long, and a leaf.
+    "hollow leaf": PrefixLayout.from_tree([4, 0, 4], [-1, 0, -1]),
 }
 # One value for every option of the table; True stands for a tensor of sinks.
 VALUES: dict[str, Any] = {
@@ -81,6 +85,107 @@ def _assert_exact(
 )  # fmt: skip
 def test_cpu_option_stays_within_budget(layout, options, dtype):
     _assert_exact(layout, options, dtype, "cpu")
+
+
+def _alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    prefix_causal: bool,
+) -> Tensor:
+    """Every sequence on its own, by the words of the documentation; equal copies are averaged."""
+    segments = torch.arange(layout.num_segments)
+    segment_of = segments.repeat_interleave(layout.cu_seqlens.diff())
+    continued = torch.isin(segments, layout.parents)
+    copies = torch.bincount(
+        torch.cat([layout.sequence_rows(i) for i in range(layout.num_sequences)]),
+        minlength=layout.num_tokens,
+    )
+    out = torch.zeros(layout.num_tokens, q.shape[1], v.shape[2], dtype=q.dtype)
+    for i in range(layout.num_sequences):
+        rows = layout.sequence_rows(i)
+        at, segment = torch.arange(len(rows)), segment_of[rows]
+        keep = at[None, :] <= at[:, None]
+        if not prefix_causal:
+            keep |= (segment[:, None] == segment[None, :]) & continued[segment]
+        if window_size is not None:
+            keep &= at[:, None] - at[None, :] < window_size
+        keys, values = (x[rows].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("mhd,nhd->hmn", q[rows], keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~keep, -torch.inf)
+        if sinks is not None:  # a key whose value is zero
+            column = sinks[:, None, None].expand(-1, len(rows), 1)
+            scores = torch.cat([scores, column], -1)
+            values = torch.cat([values, torch.zeros_like(values[:1])])
+        alone = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), values)
+        out = out.index_add(0, rows, alone / copies[rows, None, None])
+    return out
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> PrefixLayout:
+    """Lengths repeat, so that neighbouring segments are equally long."""
+    count = draw(st.integers(1, 7))
+    lengths = draw(st.lists(st.sampled_from([0, 1, 4, 9]), min_size=count, max_size=count))
+    parents: list[int] = []
+    path: list[int] = []
+    for i in range(count):
+        path = path[: draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return PrefixLayout.from_tree(lengths, parents)
+
+
+@settings(max_examples=200)
+@given(
+    layout=forests(),
+    options=st.fixed_dictionaries(
+        {
+            "scale": st.sampled_from([0.25, -0.5, 0.0]),
+            "window_size": st.sampled_from([None, None, 1, 5, 12]),
+            "softcap": st.sampled_from([None, None, None, 0.5, 30.0]),
+            "sinks": st.booleans(),
+            "prefix_causal": st.booleans(),
+        }
+    ),
+)
+def test_random_options_match_each_sequence_alone(layout, options):
+    generator = torch.Generator().manual_seed(5)
+    shapes = (4, 16), (2, 16), (2, 24), (4, 24)
+    q, k, v, dout = (
+        torch.randn(layout.num_tokens, *x, dtype=torch.float64, generator=generator) for x in shapes
+    )
+    leaves = [q, k, v]
+    if options["sinks"]:
+        leaves.append(torch.randn(4, dtype=torch.float64, generator=generator))
+    leaves = [x.requires_grad_() for x in leaves]
+    options = {**options, "sinks": leaves[3] if options["sinks"] else None}
+    expected = _alone(*leaves[:3], layout, **options)
+    expected_grads = torch.autograd.grad(expected, leaves, dout)
+    refused = options["window_size"] is not None or options["softcap"] is not None
+    for backend in ("reference",) if refused else ("reference", "cpu"):
+        out = prefix_attention(*leaves[:3], layout, backend=backend, **options)
+        grads = torch.autograd.grad(out, leaves, dout)
+        for actual, exact in zip((out, *grads), (expected, *expected_grads), strict=True):
+            torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["cpu", "reference"])
+def test_autocast_does_not_round_float32_inputs(softcap):
+    q, k, v = torch.randn(3, GROUPS.num_tokens, 2, 16).unbind()
+    out, lse = prefix_attention(q, k, v, GROUPS, softcap=softcap, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        same, same_lse = prefix_attention(q, k, v, GROUPS, softcap=softcap, return_lse=True)
+    assert torch.equal(same, out)
+    assert torch.equal(same_lse, lse)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window_size": 24},
     "softcap": {"softcap": 1.5},
+    "large softcap": {"softcap": 1e6},
+    "negative scale": {"scale": -0.4},
     "sinks": {"sinks": True},
     "bidirectional": {"prefix_causal": False},
     "window+bidirectional": {"window_size": 17, "prefix_causal": False},
