@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,8 @@ def prefix_attention(
     """
     _check_tensors(q, k, v, layout, sinks)
     scale = q.shape[2] ** -0.5 if scale is None else _number("scale", scale)
+    if isinstance(window_size, np.integer):
+        window_size = int(window_size)
     if window_size is not None and (type(window_size) is not int or window_size < 1):
         raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
     if window_size is not None and window_size >= layout.max_length:
@@ -119,9 +122,9 @@ def prefix_attention(
         softcap = _number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if prefix_causal not in (True, False):
+    if not isinstance(prefix_causal, bool):
         raise ValueError(f"prefix_causal must be True or False, got {prefix_causal!r}")
-    if deterministic not in (None, True, False):
+    if deterministic is not None and not isinstance(deterministic, bool):
         raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
     options = [
         name
@@ -252,8 +255,10 @@ def _check_tensors(
 
 def _number(name: str, value: float) -> float:
     """A finite float, or an error that names the argument and its value."""
+    if isinstance(value, (np.integer, np.floating)):
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)

@@ -85,7 +85,7 @@ def forward(
     """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = options.scale
-    if scale <= 0:  # the kernels multiply masked scores, -inf, by the scale
+    if scale < torch.finfo(dtype).tiny:  # the kernels multiply masked scores, -inf, by the scale
         scaled, positive = q.to(dtype) * scale, replace(options, scale=1.0)
         out, lse = forward(scaled, k.to(dtype), v.to(dtype), sinks, segments, positive)
         return out.to(q.dtype), lse
@@ -150,7 +150,7 @@ def backward(
     """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = options.scale
-    if scale <= 0:
+    if scale < torch.finfo(dtype).tiny:
         dout, qw, kw, vw, out = (x.to(dtype) for x in (dout, q, k, v, out))
         positive = replace(options, scale=1.0)
         dq, dk, dv, dsinks = backward(

@@ -19,6 +19,9 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 DRAWN_TOKENS = 64
+# A tensor that is made in inference mode can't be saved for a backward pass, ever; a layout that
+# served the old log-probabilities serves the update too.
+outside_inference_mode = torch.inference_mode(mode=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,6 +196,14 @@ class PrefixLayout:
             >>> source.tolist(), rows.tolist()
             ([0, 1, 2], [[0, 1, 2], [-1, 0, 1]])
         """
+        for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if input_ids.device != attention_mask.device:
+            raise ValueError(
+                f"input_ids and attention_mask must be on one device, got {input_ids.device} and "
+                f"{attention_mask.device}"
+            )
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError(
                 "input_ids must be an integer tensor of shape (B, L), got "
@@ -226,6 +237,7 @@ class PrefixLayout:
         return cls._from_arrays(lengths, parents, device, leaves)
 
     @classmethod
+    @outside_inference_mode
     def _from_arrays(
         cls,
         lengths: np.ndarray,
@@ -267,6 +279,7 @@ class PrefixLayout:
             max_length=int((depths + lengths).max(initial=0)),
         )
 
+    @outside_inference_mode
     def to(self, device: torch.device | str) -> PrefixLayout:
         """Returns the same layout with its tensors on `device`."""
         return replace(
@@ -278,6 +291,7 @@ class PrefixLayout:
             query_rows=self.query_rows.to(device),
         )
 
+    @outside_inference_mode
     def queries_for(self, segments: Sequence[int] | Tensor) -> PrefixLayout:
         """Returns the layout with queries for some segments only; keys and values stay for all.
 
@@ -359,8 +373,8 @@ class PrefixLayout:
 
     def sequence_rows(self, i: int) -> Tensor:
         """Packed rows of sequence i from root to leaf: (L_i,) int64."""
-        if not 0 <= i < self.num_sequences:
-            raise ValueError(f"sequence {i} does not exist, there are {self.num_sequences}")
+        if not isinstance(i, (int, np.integer)) or not 0 <= i < self.num_sequences:
+            raise ValueError(f"sequence {i!r} does not exist, there are {self.num_sequences}")
         return torch.from_numpy(self._path_rows[i]).to(self.device)
 
     def pack(self, sequences: Sequence[Tensor]) -> Tensor:
@@ -378,7 +392,9 @@ class PrefixLayout:
         if len(sequences) != self.num_sequences:
             raise ValueError(f"expected {self.num_sequences} sequences, got {len(sequences)}")
         for i, (x, rows) in enumerate(zip(sequences, self._path_rows, strict=True)):
-            if x.shape[0] != len(rows):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"sequence {i} must be a tensor, got {type(x).__name__}")
+            if x.dim() == 0 or x.shape[0] != len(rows):
                 raise ValueError(f"sequence {i} must have {len(rows)} tokens, got {tuple(x.shape)}")
         if not len(sequences):
             raise ValueError("an empty layout has nothing to pack")
@@ -396,7 +412,10 @@ class PrefixLayout:
 
     @cached_property
     def target_index(self) -> Tensor:
-        """Rows of all tokens that have a predecessor on their path: (M,) int64, ascending."""
+        """Rows of all tokens that have a predecessor on their path: (M,) int64, ascending.
+
+        Rows of the packed axis, T of them, after `queries_for` as well.
+        """
         return self._label_rows[1]
 
     @cached_property
@@ -426,7 +445,12 @@ class PrefixLayout:
         Args:
             window_size: a query sees this many positions, its own included.
             prefix_causal: False lets the rows of a segment that others continue see all of it.
+
+        Raises:
+            ValueError: if window_size is less than 1.
         """
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"window_size must be at least 1 or None, got {window_size}")
         subtree_end, position = self.subtree_end, self.position_ids
         rows = self.query_rows if self.num_queries < self.num_tokens else None
         seen_from = None if prefix_causal else self._seen_from
@@ -483,6 +507,7 @@ class PrefixLayout:
         return rows
 
     @cached_property
+    @outside_inference_mode
     def _seen_from(self) -> Tensor:
         """(T,) int64, the first row that sees each key where prefixes are bidirectional."""
         lengths, parents, _ = self.segments.numpy().astype(np.int64)
@@ -494,16 +519,19 @@ class PrefixLayout:
         return torch.from_numpy(np.where(np.repeat(continued, lengths), start, own)).to(self.device)
 
     @cached_property
+    @outside_inference_mode
     def _all_rows(self) -> Tensor:
         return torch.from_numpy(np.concatenate(self._path_rows)).to(self.device)
 
     @cached_property
+    @outside_inference_mode
     def _first_slots(self) -> Tensor:
         """For each packed row its first place in the sequences laid end to end."""
         _, first = np.unique(np.concatenate(self._path_rows), return_index=True)
         return torch.from_numpy(first).to(self.device)
 
     @cached_property
+    @outside_inference_mode
     def _label_rows(self) -> tuple[Tensor, Tensor]:
         lengths, parents, _ = self.segments.numpy().astype(np.int64)
         ends = np.cumsum(lengths)

@@ -25,7 +25,7 @@ def merge_states(
         its output is 0 and its log-sum-exp -inf.
 
     Raises:
-        ValueError: if shapes do not fit; it names them.
+        ValueError: if shapes or devices do not fit; it names them.
 
     Example:
         >>> out, lse = torch.randn(5, 2, 16), torch.randn(2, 5)
@@ -44,6 +44,11 @@ def merge_states(
             f"lse_a and lse_b must have shape (H, T) = {heads}, got "
             f"{tuple(lse_a.shape)} and {tuple(lse_b.shape)}"
         )
+    if len({x.device for x in (out_a, lse_a, out_b, lse_b)}) > 1:
+        raise ValueError(
+            f"out_a, lse_a, out_b and lse_b must be on one device, got {out_a.device}, "
+            f"{lse_a.device}, {out_b.device} and {lse_b.device}"
+        )
     # Only a shift: it cancels, so that no gradient runs through it.
     top = torch.maximum(lse_a, lse_b).detach()
     top = torch.where(top.isneginf(), 0.0, top)
@@ -51,7 +56,10 @@ def merge_states(
     total = weight_a + weight_b
     empty = total == 0
     total = torch.where(empty, 1.0, total)
+    # What an attention over no keys returns, NaN perhaps, has no weight.
     share_a, share_b = ((w / total).t()[..., None] for w in (weight_a, weight_b))
-    out = share_a * out_a + share_b * out_b
+    out = share_a * out_a.masked_fill(share_a == 0, 0) + share_b * out_b.masked_fill(
+        share_b == 0, 0
+    )
     lse = torch.where(empty, float("-inf"), torch.log(total) + top)
     return out.to(out_a.dtype), lse

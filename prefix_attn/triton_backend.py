@@ -115,11 +115,22 @@ def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str
     except ImportError as error:
         return f"Triton can't be imported ({error})"
     if INTERPRETED:
-        return None
+        return _why_not_interpreted(dtype)
     if device_type != "cuda":
         return f"needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got {device_type} tensors"
     if dtype == torch.float64:
         return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return None
+
+
+def _why_not_interpreted(dtype: torch.dtype) -> str | None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if dtype == torch.bfloat16 and not getattr(InterpreterBuilder, "prefix_attn_fixed", False):
+        return (
+            "Triton's interpreter computes bfloat16 wrong: call "
+            "prefix_attn.testing.fix_interpreter() first, or use float32"
+        )
     return None
 
 

@@ -7,6 +7,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def test_last_dimension_that_is_not_contiguous_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
 def test_numbers_that_are_not_finite_raise(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be finite, got {value}"):
         call(**{name: value})
@@ -184,7 +185,19 @@ def test_sinks_other_than_tensor_raise() -> None:
         call(sinks=[0.0] * 4)
 
 
-@pytest.mark.parametrize("value", ["yes", 2, 0.5])
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = call(scale=np.float32(0.5), softcap=np.int64(3), window_size=np.int64(2))
+    assert torch.equal(numpy, call(scale=0.5, softcap=3, window_size=2))
+
+
+@pytest.mark.parametrize("value", [0, None, torch.ones(2)])
+def test_bad_prefix_causal_raises(value: Any) -> None:
+    message = f"prefix_causal must be True or False, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(prefix_causal=value)
+
+
+@pytest.mark.parametrize("value", ["yes", 0, 2, 0.5])
 def test_bad_deterministic_raises(value: Any) -> None:
     message = f"deterministic must be True, False or None, got {value!r}"
     with pytest.raises(ValueError, match=re.escape(message)):

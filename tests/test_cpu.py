@@ -216,7 +216,7 @@ def test_cpu_every_suffix_start_matches_float64(start: int) -> None:
     check_layout(layout, inputs(layout.num_tokens, seed=start))
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-300, 1e-3, 0.5])
 def test_cpu_scale_matches_float64(scale: float) -> None:
     """Scales that are not positive, which PyTorch's causal kernels can't take; others."""
     layout = LAYOUTS["two ragged groups"]

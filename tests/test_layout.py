@@ -314,6 +314,19 @@ def test_to_moves_every_tensor(device):
     assert (layout.num_tokens, layout.num_sequences, layout.num_groups) == (10, 2, 1)
 
 
+def test_mask_of_no_window_is_refused():
+    with pytest.raises(ValueError, match="window_size must be at least 1 or None, got 0"):
+        PrefixLayout.from_tree(*TREE).materialize(window_size=0)
+
+
+def test_layout_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        layout = PrefixLayout.from_tree(*TREE).to("cpu").queries_for([0, 1])
+        derived = (layout.predictor_index, layout._all_rows, layout._first_slots, layout._seen_from)
+    tensors = [x for x in vars(layout).values() if isinstance(x, torch.Tensor)]
+    assert not any(x.is_inference() for x in (*tensors, *derived))
+
+
 def test_from_tree_builds_on_the_device():
     assert PrefixLayout.from_tree(*TREE, device="meta").subtree_end.device.type == "meta"
 
@@ -435,6 +448,9 @@ def test_from_sequences_refuses(sequences, message):
             torch.ones(1, 2),
             r"input_ids\[0\]\[1\] must be at least 0, got -1",
         ),
+        ([[1]], torch.ones(1, 1), "input_ids must be a tensor, got list"),
+        (torch.tensor([[1]]), None, "attention_mask must be a tensor, got NoneType"),
+        (torch.tensor([[1]]), torch.ones(1, 1, device="meta"), "one device, got cpu and meta"),
     ],
 )
 def test_from_padded_refuses(ids, mask, message):
@@ -442,9 +458,9 @@ def test_from_padded_refuses(ids, mask, message):
         PrefixLayout.from_padded(ids, mask)
 
 
-@pytest.mark.parametrize("i", [-1, 2])
+@pytest.mark.parametrize("i", [-1, 2, 0.5, "a"])
 def test_sequence_rows_refuses_unknown_sequences(i):
-    with pytest.raises(ValueError, match=f"sequence {i} does not exist, there are 2"):
+    with pytest.raises(ValueError, match=f"sequence {i!r} does not exist, there are 2"):
         PrefixLayout.from_tree(*TREE).sequence_rows(i)
 
 
@@ -454,6 +470,10 @@ def test_pack_refuses_wrong_sequences():
         layout.pack([torch.zeros(7)])
     with pytest.raises(ValueError, match=r"sequence 1 must have 7 tokens, got \(6, 2\)"):
         layout.pack([torch.zeros(7, 2), torch.zeros(6, 2)])
+    with pytest.raises(ValueError, match=r"sequence 0 must have 7 tokens, got \(\)"):
+        layout.pack([torch.zeros(()), torch.zeros(7)])
+    with pytest.raises(ValueError, match="sequence 0 must be a tensor, got list"):
+        layout.pack([[1] * 7, torch.zeros(7)])
     with pytest.raises(ValueError, match="an empty layout has nothing to pack"):
         PrefixLayout.from_lengths([], []).pack([])
 

@@ -328,7 +328,9 @@ def test_merge_states_with_empty_sets():
     out, merged = merge_states(b, nothing, b, nothing)
     assert torch.equal(out, b)
     assert bool(merged.isneginf().all())
-    merge_states(a, lse, b, nothing)[0].sum().backward()
+    # Some attentions return NaN where there are no keys.
+    assert torch.equal(merge_states(a, lse, b * torch.nan, nothing)[0], a)
+    merge_states(a, lse, b * torch.nan, nothing)[0].sum().backward()
     assert bool(lse.grad.isfinite().all() and nothing.grad.isfinite().all())
 
 
@@ -342,6 +344,12 @@ def test_merge_states_with_empty_sets():
 def test_merge_states_refuses_other_shapes(shapes, message):
     with pytest.raises(ValueError, match=message):
         merge_states(*(torch.zeros(s) for s in shapes))
+
+
+def test_merge_states_refuses_other_devices():
+    out, lse = torch.zeros(3, 2, 4), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="one device, got cpu, cpu, meta and cpu"):
+        merge_states(out, lse, out.to("meta"), lse)
 
 
 # ---- bits -----------------------------------------------------------------------------------

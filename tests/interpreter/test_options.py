@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime import interpreter
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.kernels import backward
@@ -138,6 +139,13 @@ def test_triton_members_that_fill_tiles_keep_their_bits_when_permuted():
             torch.testing.assert_close(a[:prefix], b[:prefix])
         else:
             assert torch.equal(a[rows], b)
+
+
+def test_bfloat16_is_refused_where_the_interpreter_computes_it_wrong(monkeypatch):
+    x = torch.zeros(3, 1, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "prefix_attn_fixed", False)
+    with pytest.raises(NotImplementedError, match=r"call prefix_attn.testing.fix_interpreter"):
+        prefix_attention(x, x, x, PrefixLayout.from_lengths([2], [[1]]), backend="triton")
 
 
 def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
