@@ -1,5 +1,9 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
+# Both ends of what is supported. PyTorch's wheels with CUDA ask for a version of their own, hence
+# --no-deps below.
+TRITON := triton==3.9.0
+OLD_TRITON := triton==3.6.0
 VENV := .venv
 OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
@@ -17,14 +21,15 @@ $(VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH)
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON)
 	touch $@
 
-# The oldest Triton that is supported; it needs an older numpy in its interpreter.
+# The oldest Triton needs an older numpy in its interpreter.
 $(OLD_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(OLD_VENV)
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
-	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) triton==3.6.0 'numpy<2.4' \
-		pytest pytest-xdist hypothesis
+	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) 'numpy<2.4' pytest pytest-xdist hypothesis
+	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
 	touch $@
 
 # These two change every few weeks, and what they change decides about models: a new version is
