@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from prefix_attn import PrefixLayout
 from tests.docs_examples import PAGES, ROOT, examples, pages_to_run, run_examples
@@ -25,8 +26,16 @@ def test_python_examples_compile(page):
         compile(example.code, f"{page}:{example.line}", "exec")
 
 
+@pytest.fixture(scope="module")
+def one_rank():
+    """What torchrun would have started."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", sorted({*pages_to_run(integrations=False)} - QUICKSTARTS))
-def test_python_examples_run(page):
+def test_python_examples_run(page, one_rank):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         # FlexAttention says that it is slow when it is not compiled.
