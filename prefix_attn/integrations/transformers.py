@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ HANDLED = frozenset(
 )
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+_backbones: WeakSet[PreTrainedModel] = WeakSet()  # the decoders that are enabled
 
 
 @dataclass
@@ -108,11 +111,14 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
         raise ValueError(f"min_ratio must be at least 1, got {min_ratio}")
     backbone = _decoder(model)
     state = backbone.__dict__.get("_prefix_attn")
-    if state is not None:
+    if state is not None and _runs_ours(backbone):
         state.min_ratio = min_ratio
         return model
+    disable(model)
     refuse_unsupported(backbone)
     before = backbone.config._attn_implementation
+    for other in _sharing_config_of(backbone):
+        before = other._prefix_attn.implementation  # what it was before the first of them
     name = EAGER_NAME if before in ("eager", EAGER_NAME) else SDPA_NAME
     backbone.set_attn_implementation(name)
     if backbone.config._attn_implementation != name:  # transformers only warns
@@ -132,6 +138,7 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
         parameters=list(parameters)[1:],
     )
     backbone.forward = MethodType(_forward, backbone)
+    _backbones.add(backbone)
     return model
 
 
@@ -153,7 +160,10 @@ def disable(model: Model) -> Model:
     if state.forward is not None:
         backbone.forward = state.forward
     del backbone._prefix_attn
-    backbone.set_attn_implementation(state.implementation)
+    _backbones.discard(backbone)
+    # Another choice since then stays, and a model that shares the config still needs ours.
+    if _runs_ours(backbone) and not _sharing_config_of(backbone):
+        backbone.set_attn_implementation(state.implementation)
     return model
 
 
@@ -179,6 +189,15 @@ def _decoder(model: torch.nn.Module) -> PreTrainedModel:
     raise TypeError(f"expected a transformers model, got {type(model).__name__}")
 
 
+def _runs_ours(backbone: PreTrainedModel) -> bool:
+    return backbone.config._attn_implementation in (SDPA_NAME, EAGER_NAME)
+
+
+def _sharing_config_of(backbone: PreTrainedModel) -> list[PreTrainedModel]:
+    """The enabled decoders with the same config object: from_config does not copy it."""
+    return [other for other in _backbones if other.config is backbone.config]
+
+
 @torch.compiler.disable(recursive=False)
 def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward after `enable`."""
@@ -187,8 +206,16 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     original = state.forward or MethodType(type(self).forward, self)
     counts = state.counts
     counts.calls += 1
-    if state.check_pending and not _generates(kwargs):
-        _check_once(self, state, original, kwargs)
+    if not _generates(kwargs):
+        if not _runs_ours(self):
+            raise RuntimeError(
+                f"the attention implementation of {type(self).__name__} is "
+                f"{self.config._attn_implementation!r}, which does not know packed rows: it was "
+                "changed after enable, here or in a model with the same config object. Call "
+                "prefix_attn.enable(model) again, or prefix_attn.disable(model)"
+            )
+        if state.check_pending:
+            _check_once(self, state, original, kwargs)
     try:
         packing = _find_packing(self, kwargs, state.min_ratio)
     except PassThroughError as reason:

@@ -176,6 +176,46 @@ def test_a_deep_copy_runs_its_own_weights(model, batch):
     assert prefix_attn.stats(model).packed_calls == 1
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_another_attention_implementation_after_enable_is_refused(name, model, batch):
+    """It would run the packed row as one sequence."""
+    prefix_attn.enable(model, min_ratio=1.0)
+    model.set_attn_implementation(name)
+    with pytest.raises(RuntimeError, match=rf"of Qwen3Model is '{name}'.*enable\(model\) again"):
+        model(**batch)
+    model.generate(**batch, max_new_tokens=2)
+    assert_same_when_enabled(model, batch)
+    prefix_attn.disable(model)
+    assert model.config._attn_implementation == name
+
+
+def test_enable_again_takes_up_another_attention_implementation(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    model.set_attn_implementation("eager")
+    prefix_attn.enable(model, min_ratio=1.0)
+    model(**batch)
+    assert model.config._attn_implementation == "prefix_attn_eager"
+    prefix_attn.disable(model)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_with_one_config_object_are_switched_one_by_one(first, batch):
+    config = tiny_config("qwen3")
+    models = [transformers.Qwen3ForCausalLM(config) for _ in range(2)]
+    assert models[0].config is models[1].config
+    want = [model(**batch).logits for model in models]
+    for model in models:
+        prefix_attn.enable(model, min_ratio=1.0)
+    mask = batch["attention_mask"].bool()
+    for off in (first, 1 - first):
+        prefix_attn.disable(models[off])
+        for model, right in zip(models, want, strict=True):
+            distance = (model(**batch).logits - right)[mask].abs().max()
+            assert distance <= 100 * torch.finfo(torch.float32).eps * right.abs().max()
+    assert config._attn_implementation == "sdpa"
+
+
 # ---- batches ------------------------------------------------------------------------------------
 
 
