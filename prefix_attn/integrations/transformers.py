@@ -35,6 +35,9 @@ MIN_RATIO = 1.2
 WARN_AFTER = 20
 GENERATION = "past_key_values or use_cache=True"
 
+# What models call their cache: transformers renamed it in 5.24.
+CACHES = ("past_key_values", "cache", "cache_params", "layer_past")
+
 # Keywords of packed rows for flash attention: the layout says the same.
 ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 HANDLED = frozenset(
@@ -278,7 +281,7 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
 
 
 def _generates(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
+    return bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHES)
 
 
 @torch.compiler.disable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 import warnings
@@ -317,6 +318,33 @@ def test_a_single_sequence_passes_through(model):
 def test_use_cache_passes_through(model, batch):
     reason = "past_key_values or use_cache=True"
     passes_through(model, batch, reason, use_cache=True)
+
+
+@pytest.mark.parametrize("use_cache", [None, False])
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_passes_through(name, filled, use_cache, model, batch):
+    """transformers 5.24 calls `cache` what was `past_key_values`, and knows both."""
+    parameters = inspect.signature(type(model.get_decoder()).forward).parameters
+    if name not in parameters and name == "cache":
+        pytest.skip("not in this version of transformers")
+
+    def logits_and_length():
+        cache = transformers.DynamicCache(config=model.config)
+        options = {name: cache, "use_cache": use_cache}
+        ids = batch["input_ids"]
+        if filled:
+            model(ids[:, :3], **{name: cache})
+            ids = ids[:, 3:]
+        return model(ids, **options).logits, cache.get_seq_length()
+
+    with torch.no_grad():
+        want, length = logits_and_length()
+        prefix_attn.enable(model, min_ratio=1.0)
+        found, found_length = logits_and_length()
+    assert found_length == length == batch["input_ids"].shape[1]
+    assert torch.equal(found, want)
+    assert list(prefix_attn.stats(model).passed_through) == ["past_key_values or use_cache=True"]
 
 
 def test_attention_weights_pass_through(batch):
