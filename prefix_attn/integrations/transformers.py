@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.attention_interface import EAGER_NAME, SDPA_NAME, packed_row
+from prefix_attn.integrations.caches import generates, mark_unfilled
 from prefix_attn.integrations.packing import (
     Packing,
     PassThroughError,
@@ -34,9 +35,6 @@ from prefix_attn.integrations.self_check import TESTED_MODEL_TYPES, self_check
 MIN_RATIO = 1.2
 WARN_AFTER = 20
 GENERATION = "past_key_values or use_cache=True"
-
-# What models call their cache: transformers renamed it in 5.24.
-CACHES = ("past_key_values", "cache", "cache_params", "layer_past")
 
 # Keywords of packed rows for flash attention: the layout says the same.
 ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -209,7 +207,7 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     original = state.forward or MethodType(type(self).forward, self)
     counts = state.counts
     counts.calls += 1
-    if not _generates(kwargs):
+    if not generates(kwargs):
         if not _runs_ours(self):
             raise RuntimeError(
                 f"the attention implementation of {type(self).__name__} is "
@@ -230,7 +228,8 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     counts.packed_calls += 1
     counts.tokens_in += packing.tokens_in
     counts.tokens_run += packing.layout.num_tokens
-    return _run_packed(original, packing, kwargs, as_tuple=_wants_tuple(self, kwargs))
+    out = mark_unfilled(_run_packed(original, packing, kwargs), self, kwargs)
+    return out.to_tuple() if _wants_tuple(self, kwargs) else out
 
 
 @torch.compiler.disable
@@ -240,7 +239,7 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if kwargs.get("prefix_layout") is not None:
         raise PassThroughError("the caller passes a prefix_layout")
-    if _generates(kwargs):
+    if generates(kwargs):
         raise PassThroughError(GENERATION)
     if kwargs.get("output_attentions") or getattr(backbone.config, "output_attentions", False):
         raise PassThroughError("output_attentions")
@@ -280,10 +279,6 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
     return packing
 
 
-def _generates(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHES)
-
-
 @torch.compiler.disable
 def _check_once(
     backbone: PreTrainedModel,
@@ -305,7 +300,7 @@ def _check_once(
             packing = _find_packing(backbone, batch, min_ratio=1.0)
         except PassThroughError:
             return None
-        hidden: Tensor = _run_packed(original, packing, batch, as_tuple=False).last_hidden_state
+        hidden: Tensor = _run_packed(original, packing, batch).last_hidden_state
         return hidden
 
     self_check(backbone, tokens, run, run_packed)
@@ -347,9 +342,7 @@ def _wants_tuple(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 @torch.compiler.disable(recursive=False)
-def _run_packed(
-    original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any], *, as_tuple: bool
-) -> Any:
+def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any]) -> Any:
     """Runs the packed row and hands every output back in the layout of the batch."""
     call = {name: value for name, value in kwargs.items() if name not in ROW_KEYWORDS}
     position_ids = kwargs.get("position_ids")
@@ -362,10 +355,10 @@ def _run_packed(
         call["position_ids"] = (packing.source_index % slots[1])[None]
     else:
         call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *slots))
-    call.update(attention_mask=None, use_cache=False, prefix_layout=packing.layout)
+    call.update(
+        attention_mask=None, use_cache=False, return_dict=True, prefix_layout=packing.layout
+    )
     call.pop("logits_to_keep", None)  # for the head; the decoder would drop packed rows
-    if as_tuple:
-        call["return_dict"] = True
     packed_row.layout = packing.layout
     try:
         out = original(**call)
@@ -374,7 +367,7 @@ def _run_packed(
     handed: dict[int, Tensor] = {}
     for name, value in list(out.items()):
         out[name] = _hand_back(name, value, packing, handed)
-    return out.to_tuple() if as_tuple else out
+    return out
 
 
 def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor]) -> Any:

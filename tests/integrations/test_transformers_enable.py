@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import subprocess
 import sys
 import warnings
@@ -347,6 +348,91 @@ def test_a_cache_passes_through(name, filled, use_cache, model, batch):
     assert list(prefix_attn.stats(model).passed_through) == ["past_key_values or use_cache=True"]
 
 
+def cache_of(out):
+    return out.cache if hasattr(out, "cache") else out.past_key_values
+
+
+CACHE = (
+    "cache"
+    if hasattr(transformers.modeling_outputs.BaseModelOutputWithPast(), "cache")
+    else ("past_key_values")
+)
+NO_CACHE = r"ran as a packed row\. Pass use_cache=True"
+
+
+def test_the_cache_that_a_packed_call_did_not_fill_cannot_be_used(model, batch):
+    """Taken for none at all, it would start a new context at the second call."""
+    ids = batch["input_ids"]
+    prefix_attn.enable(model, min_ratio=1.0)
+    with torch.no_grad():
+        cache = cache_of(model(ids))
+        assert cache is not None
+        with pytest.raises(ValueError, match=NO_CACHE):
+            model(ids[:, :1], **{CACHE: cache})
+        with pytest.raises(AttributeError, match=NO_CACHE):
+            cache.get_seq_length()
+        with pytest.raises(TypeError, match=NO_CACHE):
+            cache[0]
+        with pytest.raises((AttributeError, TypeError), match=NO_CACHE):
+            model.generate(**batch, **{CACHE: cache}, max_new_tokens=2)
+        cache = cache_of(model(ids[:, :-1], use_cache=True))
+        found = model(ids[:, -1:], **{CACHE: cache}).logits
+        want = model(ids, use_cache=False).logits[:, -1:]
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_an_unfilled_cache_is_where_the_ordinary_call_has_one(model, batch):
+    def kinds(**options):
+        outs = [model(**batch, **options), model.get_decoder()(**batch, **options)]
+        outs += [model(**batch, **options, return_dict=False)]
+        return [
+            [isinstance(x, torch.Tensor) for x in out]
+            if isinstance(out, tuple)
+            else {name: isinstance(x, torch.Tensor) for name, x in out.items()}
+            for out in outs
+        ]
+
+    def all_kinds():
+        found = [kinds(), kinds(output_hidden_states=True), kinds(use_cache=False)]
+        model.config.use_cache = False
+        found.append(kinds())
+        model.config.use_cache = True
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(kinds())
+        model.gradient_checkpointing_disable()
+        return found
+
+    want = all_kinds()
+    assert False in want[0][0].values()
+    assert want[3] == want[4] == want[2]
+    prefix_attn.enable(model, min_ratio=1.0)
+    assert all_kinds() == want
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls == counts.calls == 15
+
+
+def test_an_unfilled_cache_survives_what_walks_through_outputs(model, batch):
+    """Mixed precision, DDP, pickling and copies treat it as what it stands for."""
+    from torch.nn.parallel.distributed import _find_tensors
+    from torch.utils import _pytree as pytree
+
+    prefix_attn.enable(model, min_ratio=1.0)
+    out = model(**batch)
+    cache = cache_of(out)
+    assert not hasattr(cache, "dtype")
+    assert all(x is out.logits for x in _find_tensors(out))
+    assert pytree.tree_map(lambda x: x, out).keys() == out.keys()
+    for twin in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        with pytest.raises(ValueError, match=NO_CACHE):
+            model(**batch, **{CACHE: twin})
+    assert "use_cache=True" in repr(cache)
+    accelerate = pytest.importorskip("accelerate")
+    out.logits = out.logits.bfloat16()
+    wide = accelerate.utils.convert_outputs_to_fp32(lambda: out)()
+    assert wide.logits.dtype == torch.float32
+    assert wide.keys() == accelerate.utils.send_to_device(out, "cpu").keys() == out.keys()
+
+
 def test_attention_weights_pass_through(batch):
     model = build(tiny_config("qwen3"), attn_implementation="eager")
     want = model(**batch, output_attentions=True).attentions
@@ -596,7 +682,7 @@ def test_compile(what, batch):
     else:
         compiled = torch.compile(model, backend="aot_eager", dynamic=True)
     for one, right in zip(batches, want, strict=True):
-        found = run(compiled, one)
+        found = run(compiled, one, use_cache=None)
         found = {name.removeprefix("_orig_mod."): x for name, x in found.items()}
         assert deviation(found, right) <= ROUNDING * 2**29  # float32
     assert prefix_attn.stats(compiled).packed_calls == 3
