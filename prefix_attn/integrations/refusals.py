@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prefix_attn.api import MAX_HEAD_DIM, MIN_HEAD_DIM
+
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
 
 # What no attribute of a model tells.
@@ -21,6 +23,9 @@ NAMED = {
     "mpt": "its attention adds a position bias (ALiBi)",
     "doge": "its attention masks depend on keys",
 }
+
+# What attention layers call the sizes of their heads.
+HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim", "head_size", "attention_head_size")
 
 RECURRENT = re.compile(r"Mamba|SSM|Rwkv|RWKV|GatedDelta|Lightning|ShortConv|Recurrent|XLSTM|mLSTM")
 
@@ -69,7 +74,19 @@ def why_not(backbone: PreTrainedModel) -> str | None:
         return "its attention adds a position bias (ALiBi)"
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         return 'sdpa drops its softcap: call set_attn_implementation("eager") first'
-    return _why_not_implementation(config._attn_implementation)
+    return _why_not_heads(backbone) or _why_not_implementation(config._attn_implementation)
+
+
+def _why_not_heads(backbone: PreTrainedModel) -> str | None:
+    for name, module in backbone.named_modules():
+        for size in HEAD_DIMS:
+            value = getattr(module, size, None)
+            if isinstance(value, int) and not MIN_HEAD_DIM <= value <= MAX_HEAD_DIM:
+                return (
+                    f"{name} ({type(module).__name__}) has {size} {value}, served are "
+                    f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+                )
+    return None
 
 
 def _why_not_implementation(name: str) -> str | None:

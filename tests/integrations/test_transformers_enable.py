@@ -740,6 +740,27 @@ def test_models_that_would_be_wrong_are_refused_by_name(model_type):
     assert "forward" not in decoder.__dict__
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gemma4_text", {"global_head_dim": 512}, r"self_attn \(Gemma4TextAttention\).*512.*256"),
+        ("llama", {"head_dim": 8}, r"layers\.0\.self_attn .* head_dim 8, served are 16 to 256"),
+        ("deepseek_v3", {"v_head_dim": 8}, "v_head_dim 8"),
+        ("deepseek_v3", {"qk_nope_head_dim": 256}, "qk_head_dim 272"),
+    ],
+)
+def test_head_dimensions_that_no_backend_serves_are_refused(model_type, changes, message):
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    from tests.integrations.test_transformers_exact import EXACT
+
+    config = tiny_config(model_type, **{**EXACT[model_type], **changes})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(NotImplementedError, match=message):
+        prefix_attn.enable(model)
+
+
 def test_custom_attention_is_not_replaced(model):
     from transformers import AttentionInterface
 
