@@ -12,8 +12,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -138,7 +139,8 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
         forward=backbone.__dict__.get("forward"),
         parameters=list(parameters)[1:],
     )
-    backbone.forward = MethodType(_forward, backbone)
+    backbone.forward = partial(_forward, backbone)  # a bound method would be pickled by name
+    backbone._replicate_for_data_parallel = _refuse_replicas
     _backbones.add(backbone)
     return model
 
@@ -153,14 +155,14 @@ def disable(model: Model) -> Model:
     state = backbone.__dict__.get("_prefix_attn")
     if state is None:
         return model
-    if getattr(backbone.forward, "__func__", None) is not _forward:
+    if getattr(backbone.forward, "func", None) is not _forward:
         raise RuntimeError(
             f"the forward of {type(backbone).__name__} was replaced after enable: undo that first"
         )
     del backbone.forward
     if state.forward is not None:
         backbone.forward = state.forward
-    del backbone._prefix_attn
+    del backbone._prefix_attn, backbone._replicate_for_data_parallel
     _backbones.discard(backbone)
     # Another choice since then stays, and a model that shares the config still needs ours.
     if _runs_ours(backbone) and not _sharing_config_of(backbone):
@@ -188,6 +190,13 @@ def _decoder(model: torch.nn.Module) -> PreTrainedModel:
                 if isinstance(decoder, PreTrainedModel):
                     return decoder
     raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+
+
+def _refuse_replicas() -> NoReturn:
+    raise NotImplementedError(
+        "torch.nn.DataParallel does not support prefix_attn: its replicas would run the weights of "
+        "the first device. Use DistributedDataParallel"
+    )
 
 
 def _runs_ours(backbone: PreTrainedModel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import pickle
 import subprocess
 import sys
@@ -166,9 +167,21 @@ def test_an_instance_forward_is_kept(model, batch):
     assert decoder.forward is patched
 
 
-def test_a_deep_copy_runs_its_own_weights(model, batch):
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_runs_its_own_weights(duplicate, model, batch):
     prefix_attn.enable(model, min_ratio=1.0)
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     want = model(**batch).logits
     with torch.no_grad():
         for parameter in model.parameters():
@@ -176,6 +189,26 @@ def test_a_deep_copy_runs_its_own_weights(model, batch):
     assert torch.equal(twin(**batch).logits, want)
     assert prefix_attn.stats(twin).packed_calls == 1
     assert prefix_attn.stats(model).packed_calls == 1
+    prefix_attn.disable(twin)
+    assert twin.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "prefix_attn"
+
+
+def test_an_enabled_model_is_saved_as_an_ordinary_one(model, batch, tmp_path):
+    want = model(**batch).logits
+    prefix_attn.enable(model, min_ratio=1.0).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded.train()(**batch).logits, want)
+
+
+def test_replicas_for_data_parallel_are_refused(model):
+    """They are shallow copies, whose forward would be bound to the original."""
+    prefix_attn.enable(model)
+    with pytest.raises(NotImplementedError, match="Use DistributedDataParallel"):
+        model.get_decoder()._replicate_for_data_parallel()
+    prefix_attn.disable(model)
+    model.get_decoder()._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
