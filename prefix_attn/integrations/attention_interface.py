@@ -11,6 +11,7 @@ recomputation. A context variable would not: recomputation runs after the contex
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +34,16 @@ EAGER_NAME = "prefix_attn_eager"
 # Tensors that models hand to attention and that do not change its result.
 HARMLESS = frozenset(
     {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch"}
+)
+
+# Mask functions of transformers that a layout stands for, by name: chunks are told by local_size.
+LAYOUT_RULES = frozenset(
+    {
+        "causal_mask_function",
+        "sliding_window_overlay.<locals>.inner_mask",
+        "chunked_overlay.<locals>.inner_mask",
+        "packed_sequence_mask_function.<locals>.inner_mask",
+    }
 )
 
 
@@ -69,6 +80,16 @@ class LazyMask:
         """The mask of the fallback, built once for all layers."""
         mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[self.fallback](**self.arguments)
         return mask
+
+    @cached_property
+    def adds_rules(self) -> bool:
+        """Whether more may be seen, or less, than the causal mask, its window and padding say."""
+        if "allow_is_bidirectional_skip" in self.arguments:
+            return True
+        function = self.arguments.get("mask_function")
+        if function is None or torch.compiler.is_compiling():
+            return bool(self.arguments.get("use_vmap"))
+        return _adds_rules(function)
 
     def contiguous(self) -> Tensor | None:
         """The mask itself, for generation that prepares it outside the model."""
@@ -108,7 +129,7 @@ class LazyMask:
                 "a 2-D attention_mask came together with a prefix_layout; a packed row has no "
                 "padding, pass attention_mask=None"
             )
-        if asked.get("use_vmap"):
+        if self.adds_rules:
             return "it adds rules of its own to the causal mask"
         if asked.get("local_size") not in (None, window):
             return (
@@ -135,6 +156,22 @@ class LazyMask:
                 "position_ids must grow by one along every path of the prefix_layout: pass "
                 "position_ids=layout.position_ids[None]"
             )
+
+
+def _adds_rules(function: Callable[..., Any]) -> bool:
+    """Looks through the closures that transformers combines mask functions with."""
+    if not inspect.isfunction(function) or function.__module__ != masking_utils.__name__:
+        return True
+    name = function.__qualname__
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    bound = {variable: cell.cell_contents for variable, cell in cells}
+    if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+        return any(_adds_rules(part) for part in bound["mask_functions"])
+    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        return _adds_rules(bound["mask_function"])
+    if name == "blockwise_overlay.<locals>.inner_mask":  # images that see all of themselves
+        return bool((bound["block_sequence_ids"] >= 0).any())
+    return name not in LAYOUT_RULES
 
 
 def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:

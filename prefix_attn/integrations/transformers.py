@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.attention_interface import EAGER_NAME, SDPA_NAME, packed_row
+from prefix_attn.integrations.attention_interface import (
+    EAGER_NAME,
+    SDPA_NAME,
+    LazyMask,
+    packed_row,
+)
 from prefix_attn.integrations.caches import generates, mark_unfilled
 from prefix_attn.integrations.packing import (
     Packing,
@@ -39,9 +44,10 @@ GENERATION = "past_key_values or use_cache=True"
 
 # Keywords of packed rows for flash attention: the layout says the same.
 ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-HANDLED = frozenset(
-    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
-)
+# Keywords for the head: a decoder that knows one would drop packed rows.
+HEAD_KEYWORDS = ("labels", "shift_labels", "logits_to_keep")
+LEFT_OUT = frozenset({*ROW_KEYWORDS, *HEAD_KEYWORDS})
+HANDLED = LEFT_OUT | {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -245,7 +251,7 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float) -> Packing:
     """Packs the batch of a call, or raises PassThroughError with the reason why not."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, position_ids = _plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
     if kwargs.get("prefix_layout") is not None:
         raise PassThroughError("the caller passes a prefix_layout")
     if generates(kwargs):
@@ -255,7 +261,7 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
     if kwargs.get("is_causal") is False:
         raise PassThroughError("is_causal=False")
     for name, value in kwargs.items():
-        if name not in HANDLED and name not in ROW_KEYWORDS and _holds_tokens(value):
+        if name not in HANDLED and _holds_tokens(value):
             raise PassThroughError(f"the keyword {name}")
     tokens = ids if embeds is None else embeds
     if tokens is None or (ids is not None and embeds is not None):
@@ -316,6 +322,20 @@ def _check_once(
     state.check_pending = False
 
 
+def _plain_mask(mask: Any) -> Any:
+    """The (B, L) mask from which an outer model made the masks of the decoder's layers."""
+    made = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if not made or not all(isinstance(one, LazyMask) for one in made):
+        return mask
+    if any(one.adds_rules for one in made):
+        raise PassThroughError("attention_mask adds rules to the causal mask")
+    first, *others = (one.arguments.get("attention_mask") for one in made)
+    for other in others:
+        if other is not first and (other is None or first is None or not other.equal(first)):
+            raise PassThroughError("attention_mask differs between layers")
+    return first
+
+
 def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
     """(1 or B, L) or (K, 1 or B, L) position ids as (K, B, L)."""
     if position_ids is None:
@@ -353,7 +373,7 @@ def _wants_tuple(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable(recursive=False)
 def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any]) -> Any:
     """Runs the packed row and hands every output back in the layout of the batch."""
-    call = {name: value for name, value in kwargs.items() if name not in ROW_KEYWORDS}
+    call = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
     position_ids = kwargs.get("position_ids")
     slots = packing.row_index.shape
     if kwargs.get("inputs_embeds") is None:
@@ -367,7 +387,6 @@ def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str
     call.update(
         attention_mask=None, use_cache=False, return_dict=True, prefix_layout=packing.layout
     )
-    call.pop("logits_to_keep", None)  # for the head; the decoder would drop packed rows
     packed_row.layout = packing.layout
     try:
         out = original(**call)

@@ -16,7 +16,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
-from prefix_attn.integrations.transformers import WARN_AFTER  # noqa: E402
+from prefix_attn.integrations.packing import PassThroughError  # noqa: E402
+from prefix_attn.integrations.transformers import WARN_AFTER, _find_packing  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
     KeepDouble,
@@ -584,6 +585,102 @@ def test_mrope_positions_are_part_of_what_must_be_equal(kinds):
     layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
     assert counts.tokens_run == layout.num_tokens + 11  # row 0 shares two tokens instead of 13
     assert (found - want).abs().max() <= ROUNDING * want.abs().max()
+
+
+# ---- outer models that make the masks of their decoder ------------------------------------------
+
+
+def vision_model(model_type):
+    """Tiny, with pictures of four tokens."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    from tests.integrations.test_transformers_exact import EXACT
+
+    text = tiny_config("gemma3_text", **EXACT["gemma3_text"]).to_diff_dict()
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = transformers.AutoConfig.for_model(
+        model_type, text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    config.image_token_id = PICTURE
+    torch.manual_seed(1)
+    return transformers.AutoModelForImageTextToText.from_config(config).double().eval()
+
+
+PICTURE = VOCAB - 1
+
+
+def with_picture():
+    """Three rows that share a prefix with a picture in it."""
+    start = torch.tensor([7, 8, PICTURE, PICTURE, PICTURE, PICTURE, 9, 10])
+    batch = pad([torch.cat([start, torch.tensor([11 + i, 12])]) for i in range(3)])
+    picture = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(5)).double()
+    batch["token_type_ids"] = (batch["input_ids"] == PICTURE).long()
+    return {**batch, "pixel_values": picture.expand(3, -1, -1, -1)}
+
+
+@pytest.mark.parametrize("types", [False, True])
+@pytest.mark.parametrize("kind", ["right", "left", "row"])
+def test_text_is_packed_where_the_outer_model_makes_the_masks(kind, types):
+    """Gemma 3 with vision hands its decoder a mask for every type of layer."""
+    model = vision_model("gemma3")
+    rows = [row.clamp(max=PICTURE - 1) for row in rows_that_share()]
+    batch = as_row(rows) if kind == "row" else pad(rows, kind)
+    if types:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    assert_same_when_enabled(model, batch)
+
+
+def test_pictures_that_see_all_of_themselves_pass_through():
+    model = vision_model("gemma3")
+    passes_through(model, with_picture(), "attention_mask adds rules to the causal mask")
+
+
+def test_pictures_are_refused_together_with_a_layout():
+    """The layout has no rule for them, and no sign of the mask's but in its function."""
+    model = vision_model("gemma3")
+    model.set_attn_implementation("prefix_attn")
+    batch = with_picture()
+    layout, ids = prefix_attn.PrefixLayout.from_sequences(batch["input_ids"])
+    call = {
+        "input_ids": ids[None],
+        "position_ids": layout.position_ids[None],
+        "pixel_values": batch["pixel_values"][:1],
+        "prefix_layout": layout,
+        "use_cache": False,
+    }
+    model(**call)
+    with pytest.raises(ValueError, match="rules of its own"):
+        model(**call, token_type_ids=(ids == PICTURE).long()[None])
+
+
+def test_a_mask_that_differs_between_layers_passes_through(model, batch):
+    from prefix_attn.integrations.attention_interface import LazyMask
+
+    def lazy(mask):
+        return LazyMask({"attention_mask": mask}, "sdpa", None)
+
+    mask = batch["attention_mask"]
+    masks = {"full_attention": lazy(mask), "sliding_attention": lazy(mask.roll(1))}
+    prefix_attn.enable(model, min_ratio=1.0)
+    with pytest.raises(PassThroughError, match="differs between layers"):
+        _find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
+    masks["sliding_attention"] = lazy(mask.clone())
+    _find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_that_reach_the_decoder_do_not_matter(name, model, batch):
+    prefix_attn.enable(model, min_ratio=1.0)
+    decoder = model.get_decoder()
+    decoder(**batch, **{name: batch["input_ids"]})
+    assert prefix_attn.stats(model).packed_calls == 1
 
 
 # ---- outputs ------------------------------------------------------------------------------------
