@@ -8,9 +8,11 @@ repeated for every member, is here one call of `prefix_attention`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -27,6 +29,7 @@ CAUSAL_NAMES = ("is_causal", "causal")
 SERVED = (*SCALE_NAMES, "sliding_window", "softcap", "s_aux", *DROPOUT_NAMES, *CAUSAL_NAMES)
 # Probes remembered at most: those of the layers of a model, not those of every batch.
 MAX_PROBED = 4096
+SCALARS = (bool, int, float, str, type(None))
 
 AttentionFunction = Callable[..., Tensor]
 
@@ -445,7 +448,11 @@ def _probe(
     """
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     scalars = {name: x for name, x in kwargs.items() if not isinstance(x, Tensor)}
-    key = (_identity(attn_func), shape, q.dtype, q.device.type, repr(sorted(scalars.items())))
+    try:
+        identity = _identity(attn_func)
+    except TypeError:  # probed every time
+        identity = object()
+    key = (identity, shape, q.dtype, q.device.type, repr(sorted(scalars.items())))
     if key in _probed:
         return
     if len(_probed) >= MAX_PROBED:
@@ -502,17 +509,42 @@ def _accepted(function: AttentionFunction, kwargs: dict[str, Any]) -> dict[str, 
     return {name: value for name, value in kwargs.items() if name in parameters}
 
 
+class _Same:
+    """An object by its identity, without keeping it alive: gone, it is equal to nothing."""
+
+    def __init__(self, x: Any) -> None:
+        self.ref = weakref.ref(x)
+        self.number = id(x)
+
+    def __eq__(self, other: object) -> bool:
+        x = self.ref()
+        return isinstance(other, _Same) and x is not None and x is other.ref()
+
+    def __hash__(self) -> int:
+        return self.number
+
+
 def _identity(function: Any) -> Any:
-    """What tells attention functions apart whose bodies are the same: what they close over."""
-    if hasattr(function, "func") and hasattr(function, "keywords"):  # functools.partial
+    """What tells attention functions apart: their code, and the values that it can read.
+
+    Raises:
+        TypeError: if it holds something whose identity can't be kept.
+    """
+    if isinstance(function, functools.partial):
         bound = (*function.args, *sorted(function.keywords.items()))
-        return _identity(function.func), tuple(map(_value, bound))
+        return _identity(function.func), _value(bound)
     code = getattr(function, "__code__", None)
     if code is None:
-        return id(function)
-    cells = function.__closure__ or ()
-    bound = (getattr(function, "__self__", None), *(_contents(cell) for cell in cells))
-    return id(code), tuple(map(_value, bound))
+        return _value(function)
+    names = function.__globals__
+    read = (
+        getattr(function, "__self__", None),
+        function.__defaults__,
+        tuple(sorted((function.__kwdefaults__ or {}).items())),
+        tuple(_contents(cell) for cell in function.__closure__ or ()),
+        tuple(x for x in map(names.get, code.co_names) if isinstance(x, SCALARS)),
+    )
+    return _Same(code), _value(read)
 
 
 def _contents(cell: Any) -> Any:
@@ -523,5 +555,12 @@ def _contents(cell: Any) -> Any:
 
 
 def _value(x: Any) -> Any:
-    """Numbers and names by value, everything else by identity."""
-    return repr(x) if isinstance(x, (bool, int, float, str, tuple)) else id(x)
+    """Numbers and names by value; everything else by identity and by its numbers and names."""
+    if isinstance(x, SCALARS):
+        return repr(x)
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_value, x))
+    if isinstance(x, dict):
+        return tuple((_value(name), _value(y)) for name, y in x.items())
+    held = getattr(x, "__dict__", {}).items()
+    return _Same(x), tuple((name, repr(y)) for name, y in held if isinstance(y, SCALARS))

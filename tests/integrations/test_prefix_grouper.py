@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import warnings
 
@@ -275,7 +276,7 @@ def test_other_shape_is_noticed():
 
 def test_probe_leaves_random_numbers_alone_and_runs_once():
     grouper, x = grouper_and_inputs()
-    calls = []
+    calls = collections.deque()  # unlike a list, told apart by identity
 
     def counted(q, k, v, mask):
         calls.append(q.shape)
@@ -286,6 +287,115 @@ def test_probe_leaves_random_numbers_alone_and_runs_once():
         grouper.forward(counted, *x)
     assert len(calls) == 2  # prefix and suffix of one probe
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def by_default_argument(scale):
+    return lambda q, k, v, mask, factor=scale: attention(q, k, v, mask, scale=factor)
+
+
+def by_keyword_default(scale):
+    def function(q, k, v, mask, *, factor=scale):
+        return attention(q, k, v, mask, scale=factor)
+
+    return function
+
+
+SCALE = 0.25
+
+
+def by_global(q, k, v, mask):
+    return attention(q, k, v, mask, scale=SCALE)
+
+
+def by_list(scale):
+    options = [scale]
+    return lambda q, k, v, mask: attention(q, k, v, mask, scale=options[0])
+
+
+class Scaled:
+    """An attention function with its scale in an attribute."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, q, k, v, mask):
+        return attention(q, k, v, mask, scale=self.scale)
+
+    def method(self, q, k, v, mask):
+        return self(q, k, v, mask)
+
+    def closure(self):
+        return lambda q, k, v, mask: attention(q, k, v, mask, scale=self.scale)
+
+
+class Boxed:
+    """With its scale where only its identity tells."""
+
+    def __init__(self, scale):
+        self.options = [scale]
+
+    def __call__(self, q, k, v, mask):
+        return attention(q, k, v, mask, scale=self.options[0])
+
+
+def test_an_object_in_the_place_of_an_old_one_is_probed():
+    grouper, x = grouper_and_inputs()
+    old = Boxed(0.25)
+    place = id(old)
+    grouper.forward(old, *x, scale=0.25)
+    del old
+    others = [Boxed(1.0) for _ in range(10_000)]
+    (new,) = (one for one in others if id(one) == place)
+    with pytest.raises(ValueError, match="attn_func computes something else"):
+        grouper.forward(new, *x, scale=0.25)
+
+
+MAKERS = [by_default_argument, by_keyword_default, by_list, Scaled]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_another_scale_in_the_same_code_is_noticed(make):
+    grouper, x = grouper_and_inputs()
+    grouper.forward(make(0.25), *x, scale=0.25)
+    with pytest.raises(ValueError, match="attn_func computes something else"):
+        grouper.forward(make(1.0), *x, scale=0.25)
+
+
+@pytest.mark.parametrize("kind", ["__call__", "method", "closure"])
+def test_a_changed_attribute_is_noticed(kind):
+    grouper, x = grouper_and_inputs()
+    holder = Scaled(0.25)
+    function = {"__call__": holder, "method": holder.method, "closure": holder.closure()}[kind]
+    grouper.forward(function, *x, scale=0.25)
+    holder.scale = 1.0
+    with pytest.raises(ValueError, match="attn_func computes something else"):
+        grouper.forward(function, *x, scale=0.25)
+
+
+def test_a_changed_global_is_noticed(monkeypatch):
+    grouper, x = grouper_and_inputs()
+    grouper.forward(by_global, *x, scale=0.25)
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    with pytest.raises(ValueError, match="attn_func computes something else"):
+        grouper.forward(by_global, *x, scale=0.25)
+
+
+def test_what_has_no_weak_reference_is_probed_every_time():
+    grouper, x = grouper_and_inputs()
+    calls = []
+
+    class Slotted:
+        __slots__ = ("scale",)
+
+        def __call__(self, q, k, v, mask):
+            calls.append(q.shape)
+            return attention(q, k, v, mask, scale=self.scale)
+
+    function = Slotted()
+    function.scale = 0.25
+    for _ in range(2):
+        grouper.forward(function, *x, scale=0.25)
+    assert len(calls) == 4
 
 
 def test_function_that_cannot_be_probed_warns():
