@@ -22,6 +22,7 @@ NAMED = {
     "bloom": "its attention adds a position bias (ALiBi)",
     "mpt": "its attention adds a position bias (ALiBi)",
     "doge": "its attention masks depend on keys",
+    "llama4_text": "the temperature of its attention depends on the place in the row",
 }
 
 # What attention layers call the sizes of their heads.
@@ -62,8 +63,10 @@ def why_not(backbone: PreTrainedModel) -> str | None:
             "chunked and sparse layers depend on the order or number of rows"
         )
     for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.Conv1d) or RECURRENT.search(type(module).__name__):
+        if RECURRENT.search(type(module).__name__):
             return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
+        if isinstance(module, torch.nn.Conv1d):
+            return f"{name} (Conv1d) is a convolution: it would mix neighbours in the packed row"
         if getattr(module, "is_causal", None) is False:
             return f"{name} ({type(module).__name__}) is not causal"
     if not type(backbone)._supports_attention_backend:

@@ -114,6 +114,16 @@ def test_enable_needs_a_transformers_model():
         prefix_attn.enable(torch.nn.Linear(2, 2))
 
 
+def test_a_module_that_holds_several_models_is_refused(model):
+    actor_critic = torch.nn.ModuleDict({"actor": model, "critic": copy.deepcopy(model)})
+    actor_critic["backbone"] = actor_critic["critic"].get_decoder()  # no third one
+    for function in (prefix_attn.enable, prefix_attn.stats, prefix_attn.disable):
+        with pytest.raises(ValueError, match=r"several transformers models \(actor, critic\)"):
+            function(actor_critic)
+    prefix_attn.enable(actor_critic["critic"])
+    prefix_attn.stats(actor_critic["critic"])
+
+
 def test_without_transformers_enable_says_what_to_install():
     code = (
         "import sys; sys.modules['transformers'] = None\n"
@@ -835,6 +845,50 @@ def test_autocast_matches_ordinary_autocast(batch):
     assert prefix_attn.stats(model).packed_calls == 1
 
 
+# ---- decoders with a head of their own ----------------------------------------------------------
+
+
+def mllama():
+    config = transformers.models.mllama.MllamaTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[],
+        pad_token_id=0,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(1)
+    return transformers.MllamaForCausalLM(config).double()
+
+
+def test_a_decoder_with_a_head_is_packed_below_it(batch):
+    """It calls itself its decoder; its head cuts rows off and computes the loss."""
+    model = mllama()
+    assert model.get_decoder() is model
+    assert_same_when_enabled(model, batch)
+    prefix_attn.disable(model)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    options = {"labels": labels, "use_cache": False}
+    with KeepDouble():
+        want = model(**batch, **options).loss
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = model(**batch, **options).loss
+    assert abs(found - want) <= ROUNDING * want
+    assert model(**batch, logits_to_keep=1).logits.shape[1] == 1
+    assert prefix_attn.stats(model).packed_calls == 2
+
+
+def test_a_head_in_one_module_with_the_layers_is_refused(model):
+    decoder = model.get_decoder()
+    decoder.get_output_embeddings = lambda: model.lm_head
+    with pytest.raises(NotImplementedError, match="Qwen3Model: its layers and its head"):
+        prefix_attn.enable(model)
+
+
 # ---- refusals -----------------------------------------------------------------------------------
 
 REFUSED = {
@@ -843,7 +897,8 @@ REFUSED = {
     "falcon_h1": "recurrent",
     "minimax": "linear_attention",
     "lfm3": "conv",
-    "llama4_text": "chunked_attention",
+    "llama4_text": "temperature of its attention",
+    "phi4_multimodal": "convolution",
     "deepseek_v32": "indexed_attention",
     "opt": "positions from attention_mask",
     "bloom": "position bias",
