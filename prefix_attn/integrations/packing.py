@@ -191,6 +191,39 @@ def content_of(embeddings: Tensor) -> Tensor:
     return (torch.cat(sums) & (2**62 - 1)).view(embeddings.shape[:2])
 
 
+def gradient_is_wanted(embeddings: Tensor) -> bool:
+    """Whether the gradients of single slots may be read, not only their sum in parameters.
+
+    The packed row is taken from the first of the slots that share it, and so is its gradient: that
+    is right for what all of them were computed from in the same way.
+    """
+    if not embeddings.requires_grad:
+        return False
+    if embeddings.is_leaf or embeddings.retains_grad or _is_watched(embeddings):
+        return True
+    seen: set[Any] = set()
+    nodes = [embeddings.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [above for above, _ in node.next_functions]
+        if type(node).__name__ == "AccumulateGrad":
+            leaf = node.variable  # type: ignore[attr-defined]
+            is_parameter = isinstance(leaf, torch.nn.Parameter)
+            if not is_parameter or leaf.shape[:2] == embeddings.shape[:2]:
+                return True
+    return False
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether x has hooks other than those with which FSDP gathers parameters."""
+    hooks = (getattr(hook, "func", hook) for hook in (x._backward_hooks or {}).values())
+    origins = (getattr(hook, "__module__", None) or "" for hook in hooks)
+    return not all(origin.startswith("torch.distributed") for origin in origins)
+
+
 def check_content(embeddings: Tensor, packing: Packing) -> None:
     """Compares the embeddings of every slot with those of its packed row, bit for bit.
 

@@ -33,6 +33,7 @@ from prefix_attn.integrations.packing import (
     PassThroughError,
     check_content,
     content_of,
+    gradient_is_wanted,
     pack_batch,
 )
 from prefix_attn.integrations.refusals import refuse_unsupported
@@ -295,12 +296,7 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
     positions = _as_kinds(position_ids, shape)
     if shape[0] == 1 and (mask is not None or positions is None):
         raise PassThroughError("a single sequence")
-    if (
-        embeds is not None
-        and torch.is_grad_enabled()
-        and embeds.requires_grad
-        and (embeds.is_leaf or embeds.retains_grad)
-    ):
+    if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds):
         raise PassThroughError("the gradient of inputs_embeds itself is wanted")
     packing = pack_batch(
         tokens if embeds is None else content_of(embeds),

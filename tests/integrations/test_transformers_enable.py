@@ -24,6 +24,7 @@ from tests.integrations.tiny_models import (  # noqa: E402
     as_row,
     build,
     deviation,
+    loss_of,
     pad,
     rows_that_share,
     run,
@@ -559,6 +560,59 @@ def test_the_gradient_of_embeddings_themselves_passes_through(model, batch):
     assert list(prefix_attn.stats(model).passed_through) == [
         "the gradient of inputs_embeds itself is wanted"
     ]
+
+
+def zeros_that_want_a_gradient(embeds, seen):
+    delta = embeds.new_zeros(embeds.numel()).requires_grad_()
+    return embeds + delta.view_as(embeds), lambda: delta.grad
+
+
+def a_parameter_for_each_slot(embeds, seen):
+    delta = torch.nn.Parameter(torch.zeros_like(embeds))
+    return embeds * 1 + delta, lambda: delta.grad
+
+
+def a_hook(embeds, seen):
+    embeds = embeds * 1
+    embeds.register_hook(seen.append)
+    return embeds, lambda: seen[-1]
+
+
+@pytest.mark.parametrize("how", [zeros_that_want_a_gradient, a_parameter_for_each_slot, a_hook])
+def test_a_gradient_for_each_slot_passes_through(how, model, batch):
+    def gradient():
+        embeds, read = how(model.get_input_embeddings()(batch["input_ids"]), [])
+        logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        loss_of(transformers.utils.ModelOutput(logits=logits), batch["attention_mask"]).backward()
+        return read()
+
+    want = gradient()
+    prefix_attn.enable(model, min_ratio=1.0)
+    assert torch.equal(gradient(), want)
+    assert list(prefix_attn.stats(model).passed_through) == [
+        "the gradient of inputs_embeds itself is wanted"
+    ]
+
+
+def test_embeddings_made_by_other_parameters_are_shared(model, batch):
+    """A projection in front of the decoder, as of pictures; and a hook that is gone."""
+    projection = torch.nn.Linear(64, 64).double()
+    embed = model.get_input_embeddings()
+
+    def gradient():
+        projection.zero_grad()
+        embeds = projection(embed(batch["input_ids"]))
+        embeds.register_hook(lambda grad: None).remove()
+        logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        loss_of(transformers.utils.ModelOutput(logits=logits), batch["attention_mask"]).backward()
+        return projection.weight.grad.clone()
+
+    with KeepDouble():
+        want = gradient()
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = gradient()
+    assert prefix_attn.stats(model).packed_calls == 1
+    assert (found - want).abs().max() <= ROUNDING * want.abs().max()
 
 
 @pytest.mark.parametrize("kinds", [3, 4])
