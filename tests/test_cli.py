@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -151,6 +152,36 @@ def test_closed_pipe_is_quiet():
     process.stdout.close()  # long before the output comes
     assert process.stderr.read() == ""
     assert process.wait() == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["estimate", *SHAPE], ["--help"]])
+def test_output_that_fails_is_one_message(arguments):
+    command = [sys.executable, "-m", "prefix_attn", *arguments]
+    # Unbuffered, argparse itself drops what it can't write.
+    env = {key: text for key, text in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: can't write to standard output: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_closed_streams_are_one_message(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["inspect", "-"]) == 2
+    assert capsys.readouterr().err == "prefix-attn inspect: error: standard input is closed\n"
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        assert main(["estimate", *SHAPE]) == 2
+    assert capsys.readouterr().err == "prefix-attn estimate: error: standard output is closed\n"
+    path = lines_file(tmp_path / "x.jsonl", [1], "oops\n")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", "no-such.jsonl"]) == 2
+    assert "oops" not in capsys.readouterr().out
 
 
 def test_output_is_escaped_where_the_encoding_lacks_it(monkeypatch):
@@ -348,10 +379,15 @@ def test_inspect_draws_the_tree(inspect_records):
 
 
 def test_inspect_counts_prefixes_too_small_to_draw(inspect_records):
-    records = [[1, 1], [1, 2], [9] * 300]
-    assert inspect_records(*records)["tree"] == [
+    # The least of four forks; the others are drawn however little of the whole they save.
+    records = [[x] * n + [end] for x, n in ((1, 1), (2, 2), (3, 3), (4, 4)) for end in (8, 9)]
+    tree = inspect_records(*records, [9] * 3000)["tree"]
+    assert [line for line in tree if not line.startswith("│")] == [
+        "├─ 2 x 4  4 4 4 4",
+        "├─ 2 x 3  3 3 3",
+        "├─ 2 x 2  2 2",
         "├─ 2 sequences under 1 more shared prefix",
-        "└─ 1 sequence that shares nothing, 300 tokens",
+        "└─ 1 sequence that shares nothing, 3,000 tokens",
     ]
 
 
@@ -374,7 +410,7 @@ def test_inspect_prints_the_figures(run, tmp_path):
 def test_inspect_reports_bad_lines_and_goes_on(run, tmp_path):
     path = lines_file(
         tmp_path / "x.jsonl", [1, 2], "\n", "oops\n", [1, 3], [1, -2], [1, True], 5, {"a": 1},
-        "[" * 100_000 + "\n", {"input_ids": [1, 2]}, {"input_ids": "text"}, {"text": "text"},
+        "[" * 100_000 + "\n", {"input_ids": [1, 2]}, '"text"\n', {"text": "text"},
     )  # fmt: skip
     with path.open("ab") as file:
         file.write(b"\xff\xfe\n")
@@ -395,6 +431,70 @@ def test_inspect_reports_bad_lines_and_goes_on(run, tmp_path):
     assert "line 3 left out: not JSON" in err
     assert "4 more lines left out" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("ids", [IDS[:3], [[]]])
+def test_inspect_leaves_out_what_the_attention_mask_hides(inspect_records, run, tmp_path, ids):
+    # Padding of another length in front of every sequence, which would share nothing with it.
+    padded = [
+        {"input_ids": [0] * i + x, "attention_mask": [0] * i + [1] * len(x)}
+        for i, x in enumerate([*ids, [1, 2]])
+    ]
+    results, right = inspect_records(*padded), inspect_records(*ids, [1, 2])
+    assert results["masked_tokens"] == sum(range(len(ids) + 1)) > right["masked_tokens"] == 0
+    for key in ("tokens", "attention_pairs", "tree"):
+        assert results[key] == right[key]
+    _, out, _ = run("inspect", lines_file(tmp_path / "x.jsonl", *padded))
+    noun = "token" if results["masked_tokens"] == 1 else "tokens"
+    assert f"{results['masked_tokens']} {noun} left out, where the mask is 0" in out
+
+
+def test_inspect_takes_masks_of_batches_and_of_prompts(tmp_path):
+    batch = {"input_ids": [[0, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1, 1, 0]]}
+    prompt = {"prompt_ids": [0, 4], "prompt_mask": [False, True], "completion_ids": [3]}
+    for record, sequences in ((batch, [[5, 6], [7, 8]]), (prompt, [[4, 3]])):
+        read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+        assert [x.tolist() for x in read.sequences] == sequences
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        ([1], "attention_mask has not the shape of input_ids"),
+        (1, "attention_mask has not the shape of input_ids"),
+        ([[1, 1]], "attention_mask has not the shape of input_ids"),
+        ([1, 2], "attention_mask must hold 0 and 1, got 2"),
+        ([1, "1"], "attention_mask must hold 0 and 1, got '1'"),
+        ([1, [1]], "attention_mask must hold 0 and 1, got [1]"),
+    ],
+)
+def test_inspect_refuses_masks_of_another_shape(inspect_records, mask, reason):
+    results = inspect_records({"input_ids": [1, 2]}, {"input_ids": [1, 2], "attention_mask": mask})
+    assert results["bad_lines"] == [{"line": 2, "reason": reason}]
+
+
+@pytest.mark.parametrize("value", ["abc", ["a", "b"], [["a"], ["b"]]])
+@pytest.mark.parametrize("column", ["tokens", "token_ids", "input_ids"])
+def test_inspect_refuses_strings_where_token_ids_belong(run, tmp_path, column, value):
+    path = lines_file(tmp_path / "x.jsonl", {column: value})
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert f"column '{column}' holds strings, not token ids: write ids, as by" in err
+    code, _, err = run("inspect", lines_file(path, [1], ["a", "b"]))
+    assert code == 0
+    assert "line 2 left out: the line is a list of strings: write token ids" in err
+
+
+def test_inspect_reads_every_token_list_of_a_line(inspect_records):
+    assert inspect_records(IDS)["tokens"] == inspect_records(*IDS)["tokens"]
+
+
+def test_inspect_says_that_the_whole_file_shares(run, tmp_path):
+    path = lines_file(tmp_path / "x.jsonl", *IDS)
+    words = "across the whole file, the most there can be"
+    assert words in run("inspect", path)[1]
+    assert words not in run("inspect", path, "--batch", 8)[1]
+    assert words not in run("inspect", path, "--limit", 1)[1]
 
 
 def test_inspect_without_good_lines_is_an_error(run, tmp_path):
@@ -422,6 +522,18 @@ def test_inspect_names_unknown_columns(run, tmp_path):
 @pytest.mark.parametrize(
     ("record", "columns", "texts"),
     [
+        ({"question": "a", "answer": "b", "text": "z"}, [["question", "answer"]], ["ab"]),
+        ({"input": "a", "output": "b"}, [["input", "output"]], ["ab"]),
+        (
+            {"instruction": "a", "input": "b", "output": "c"},
+            [["instruction", "input", "output"]],
+            ["abc"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            [["conversations"]],
+            ["<user>\na\n<assistant>\nb\n"],
+        ),
         ('"ab"', [], ["ab"]),
         ({"text": "ab"}, [["text"]], ["ab"]),
         ({"prompt": "a", "completion": "bc", "text": "z"}, [["prompt", "completion"]], ["abc"]),
@@ -451,6 +563,34 @@ def test_inspect_reads_known_columns(tmp_path, record, columns, texts):
     assert [list(path) for path in read.paths] == columns
     assert [x.tobytes().decode() for x in read.sequences] == texts
     assert read.unit == "bytes"
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_inspect_reads_one_array(run, tmp_path, indent):
+    records = [{"input_ids": x} for x in IDS]
+    array = json.dumps([*records, {"input_ids": [-1]}], indent=indent)
+    path = lines_file(tmp_path / "x.json", f"\n{array}\n")
+    code, out, err = run("inspect", path, "--json")
+    assert (code, err.split(":")[0]) == (0, "item 5 left out")
+    assert json.loads(out)["tokens"]["shared"] == 10
+    assert json.loads(run("inspect", path, "--json", "--limit", 2)[1])["sequences"] == 2
+    # Lines follow what only looks like the beginning of an array.
+    code, out, err = run("inspect", lines_file(path, "[1,\n", "\n", *IDS), "--json")
+    assert json.loads(out)["tokens"]["shared"] == 10
+    assert json.loads(out)["bad_lines"][0]["line"] == 1
+
+
+def test_inspect_unpacks_gzip(run, tmp_path):
+    path = lines_file(tmp_path / "x.jsonl.gz", *IDS)
+    whole = gzip.compress(path.read_bytes())
+    path.write_bytes(whole)
+    code, out, _ = run("inspect", path, "--json")
+    assert (code, json.loads(out)["tokens"]["shared"]) == (0, 10)
+    for broken in (whole[:-9], whole[:12] + b"????" + whole[16:]):
+        path.write_bytes(broken)
+        code, out, err = run("inspect", path)
+        assert (code, out) == (2, "")
+        assert f"can't read {path}: " in err
 
 
 def test_inspect_joins_columns_of_token_ids(tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import prefix_attn
 from prefix_attn.cli import bench, estimate, info, inspect
-from prefix_attn.cli.terminal import UsageError, emit
+from prefix_attn.cli.terminal import UsageError, complain, emit
 
 COMMANDS = {"info": info, "estimate": estimate, "inspect": inspect, "bench": bench}
 INTERRUPTED = 130
@@ -31,24 +31,40 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prefix-attn") -> i
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # --help, --version and what argparse refuses
-        return int(stop.code or 0)
+        return _finished(prog, int(stop.code or 0))
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
+    name = f"{prog} {options.command}"
     command = COMMANDS[options.command]
     try:
+        if sys.stdout is None:
+            raise UsageError("standard output is closed")
         results, code = command.run(options)
-        emit(json.dumps(results, indent=2) if options.json else command.render(results))
-        sys.stdout.flush()
+        text = json.dumps(results, indent=2) if options.json else command.render(results)
+        return _finished(name, code, text)
     except UsageError as error:
-        print(f"{prog} {options.command}: error: {error}", file=sys.stderr)
+        complain(f"{name}: error: {error}")
         return 2
-    except BrokenPipeError:
-        # The reader, such as `head`, has gone: nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print(f"{prog} {options.command}: interrupted", file=sys.stderr)
+        complain(f"{name}: interrupted")
         return INTERRUPTED
+
+
+def _finished(name: str, code: int, text: str | None = None) -> int:
+    """Writes the text and all that is still buffered; the exit code, 2 if that can't be done."""
+    if sys.stdout is None:
+        return code
+    try:
+        if text is not None:
+            emit(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # else the reader, such as `head`, has gone
+            complain(f"{name}: error: can't write to standard output: {error.strerror or error}")
+            return 2
     return code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ from prefix_attn.cli.terminal import (
     UsageError,
     at_least,
     can_print,
+    complain,
+    counted,
     cut,
     pairs,
     paragraph,
@@ -32,7 +33,8 @@ BAD_SHOWN = 5
 MAX_DEPTH = 64
 # Children of one segment that are drawn.
 CHILDREN_SHOWN = 8
-# Shared prefixes that save less than this share of all tokens are counted, not drawn.
+# Of these the largest are drawn always, others that save less than this share of all tokens not.
+ALWAYS_SHOWN = 3
 LEAST_SHARE = 0.01
 PREVIEW_UNITS = 64
 
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE.jsonl",
-        help="one JSON value per line: a list of token ids, or an object; - is standard input",
+        help="one JSON value per line, a list of token ids or an object, or one array of these; "
+        "may be gzipped; - is standard input",
     )
     parser.add_argument(
         "--column",
@@ -127,7 +130,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "columns": [list(path) for path in rollouts.paths],
         "unit": rollouts.unit,
         "rendered_messages": rollouts.rendered,
+        "masked_tokens": rollouts.masked,
         "sequences": len(sequences),
+        "batch": options.batch,
         "batches": len(batches),
         "tokens": {"repeated": repeated, "shared": tokens, "ratio": token_ratio},
         "attention_pairs": {
@@ -156,10 +161,21 @@ def render(results: dict[str, Any]) -> str:
         facts.append(("", "These are figures of bytes; --tokenizer gives those of tokens."))
     if results["rendered_messages"]:
         facts.append(("messages", "written out as <role> and content, for want of a template"))
+    if results["masked_tokens"]:
+        masked = counted(results["masked_tokens"], "token")
+        facts.append(("padding", f"{masked} left out, where the mask is 0"))
     if results["bad_lines"]:
-        facts.append(("left out", f"{len(results['bad_lines'])} bad lines"))
-    if results["batches"] > 1:
+        facts.append(("left out", counted(len(results["bad_lines"]), "bad line")))
+    if results["batch"] is not None:
         facts.append(("batches", f"{results['batches']:,}; prefixes are shared inside each"))
+    elif results["sequences"] > 1:
+        facts.append(
+            (
+                "shared",
+                "across the whole file, the most there can be; training shares inside a "
+                "micro-batch alone, which --batch N counts",
+            )
+        )
     rows = [
         [
             name,
@@ -200,9 +216,9 @@ def _tokenizer(name: str) -> Any:
 
 def _report_bad(rollouts: Rollouts) -> None:
     for number, reason in rollouts.bad[:BAD_SHOWN]:
-        print(f"line {number} left out: {reason}", file=sys.stderr)
+        complain(f"{rollouts.noun} {number} left out: {reason}")
     if len(rollouts.bad) > BAD_SHOWN:
-        print(f"{len(rollouts.bad) - BAD_SHOWN} more lines left out", file=sys.stderr)
+        complain(f"{counted(len(rollouts.bad) - BAD_SHOWN, f'more {rollouts.noun}')} left out")
 
 
 def _check_size(batches: list[list[np.ndarray]]) -> None:
@@ -240,7 +256,11 @@ class _Drawing:
         forks.sort(key=lambda i: -int(saved[i]))
         ends = [i for i in self.children[node] if not self.children[i]]
         least = LEAST_SHARE * tree.layout.repeated_tokens
-        drawn = [i for i in forks[:CHILDREN_SHOWN] if saved[i] >= least]
+        drawn = [
+            fork
+            for place, fork in enumerate(forks[:CHILDREN_SHOWN])
+            if place < ALWAYS_SHOWN or saved[fork] >= least
+        ]
         hidden = forks[len(drawn) :]
         items = [(self._label(i), i) for i in drawn]
         if hidden:

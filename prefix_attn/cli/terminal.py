@@ -24,6 +24,27 @@ class UsageError(Exception):
     """An argument or a file is wrong: printed without a traceback, exit code 2."""
 
 
+def on_terminal() -> bool:
+    """Whether progress is shown: standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def complain(text: str) -> None:
+    """Prints a line on standard error, unless that is closed."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "token"), counted(2000, "token")
+        ('1 token', '2,000 tokens')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """An argument type: integers from `least` on."""
 
