@@ -1,9 +1,9 @@
 """Compiles the kernels ahead of time and reports their machine code, without a GPU.
 
-`python -m bench.machine_code` compiles every kernel in the configurations that the package
-launches, as its own launchers call them, and holds the result against
-`bench/machine_code_budget.json`. The shares of peak come from a model that counts issue slots
-(`bench.sass`): nothing here is measured.
+`python -m bench.machine_code` compiles every kernel as the package's own launchers call it, in the
+configurations of `everything`, and holds the result against `bench/machine_code_budget.json`.
+`--arch`, `--dtype`, `--head-dim` and `--kernel` choose others. The shares of peak come from a model
+that counts issue slots (`bench.sass`): nothing here is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from prefix_attn.kernels.config import Config, Tile, select_config
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("forward", "backward", "delta", "reduce")
-HEAD_DIMS = (64, 80, 128, 256)
+# D, or D/DV where they differ.
+HEAD_DIMS = ("64", "80", "96", "128", "192/128", "256")
 ARCHITECTURES = (80, 90, 100)
 # tf32: float32 inputs where torch.backends.cuda.matmul.allow_tf32 is set.
 DTYPES = {
@@ -55,14 +56,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "subset": {"queries_for": [1, 2]},
     "fused": {"deterministic": False},
 }
+COMBINED = ("window", "softcap", "sinks", "bidirectional")
 HEADS, KV_HEADS = 32, 8
 PROCESSORS = 132
 NOTE = (
     "Compiled, not measured: nothing here ran on a GPU. The shares are those of a model that "
     "counts issue slots."
 )
-# Matrix products per tile of the loops, by what the name of their function holds.
-PRODUCTS = {"forward": 2, "key": 4, "query": 3}
+# Matrix products per tile of the loops that are as long or wide as D, and as DV, by what the name
+# of their function holds.
+PRODUCTS = {"forward": (1, 1), "key": (2, 2), "query": (2, 1)}
 REGISTERS_PER_PROCESSOR = 65536
 
 
@@ -96,9 +99,10 @@ class Program:
         kernel: its name without `_kernel`.
         capability: such as 90.
         dtype: a key of `DTYPES`.
-        head_dim: D and DV.
+        head_dim: D.
         config: tiles, warps, stages.
         options: keys of `OPTIONS`.
+        head_dim_v: DV, or None for D.
     """
 
     kernel: str
@@ -107,6 +111,7 @@ class Program:
     head_dim: int
     config: Config
     options: tuple[str, ...] = ()
+    head_dim_v: int | None = None
 
     @classmethod
     def from_selection(
@@ -116,17 +121,29 @@ class Program:
         dtype: str,
         head_dim: int,
         options: tuple[str, ...] = (),
+        head_dim_v: int | None = None,
     ) -> Program:
         """The program that the package would launch there."""
         config = select_config(
-            capability, head_dim, DTYPES[dtype], PROCESSORS, tf32=dtype == "tf32"
+            capability,
+            head_dim,
+            DTYPES[dtype],
+            PROCESSORS,
+            head_dim_v=head_dim_v,
+            tf32=dtype == "tf32",
         )
-        return cls(kernel, capability, dtype, head_dim, config, options)
+        return cls(kernel, capability, dtype, head_dim, config, options, head_dim_v)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """D and DV."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def label(self) -> str:
         """A short name, unique in a report."""
-        parts = (f"sm_{self.capability}", SHORT[self.dtype], f"D{self.head_dim}", self.kernel)
+        size = f"D{self.head_dim}" + ("" if self.head_dim_v is None else f"/{self.head_dim_v}")
+        parts = (f"sm_{self.capability}", SHORT[self.dtype], size, self.kernel)
         return " ".join((*parts, *self.options))
 
     @property
@@ -159,10 +176,15 @@ class Program:
             return config.forward.area
         return self.keys.area if "key" in function else config.queries.area
 
-    def products(self, function: str) -> int:
-        """Matrix products per tile of the loops of a source function."""
-        found = next((n for word, n in PRODUCTS.items() if word in function), 2)
-        return found + 1 if self.is_fused and "key" in function else found
+    def width(self, function: str, *, padded: bool = False) -> int:
+        """Multiply-adds per score in the loops of a source function."""
+        d, dv = (1 << (x - 1).bit_length() if padded else x for x in self.dims)
+        with_d, with_dv = next((n for word, n in PRODUCTS.items() if word in function), (1, 1))
+        return (with_d + (self.is_fused and "key" in function)) * d + with_dv * dv
+
+    def repeated(self, function: str) -> int:
+        """The part of `width` that programs of the other kind compute as well: S and dP."""
+        return sum(self.dims) if self.kernel == "backward" and "query" in function else 0
 
     @property
     def is_fused(self) -> bool:
@@ -173,7 +195,8 @@ class Program:
     @property
     def keys(self) -> Tile:
         """The tile of dK and dV."""
-        return self.config.fused if self.is_fused and self.config.fused else self.config.keys
+        bent_window = {"softcap", "window"} <= set(self.options)
+        return self.config.keys_for(fused=self.is_fused, bent_window=bent_window)
 
 
 @dataclass(frozen=True)
@@ -294,10 +317,8 @@ class Report:
             return None
         useful = apart = together = 0.0
         for function, loop in self.figures.loops.items():
-            area = self.program.area(function)
-            products = self.program.products(function)
-            part = 2 if products == 3 and self.program.kernel == "backward" else 0
-            useful += loop.useful / area * (products - part) / products
+            area, width = self.program.area(function), self.program.width(function)
+            useful += loop.useful / area * (1 - self.program.repeated(function) / width)
             apart += loop.apart / area
             together += loop.together / area
         return useful / apart, useful / together
@@ -334,7 +355,7 @@ class Report:
 
     def _missing_instructions(self, figures: Figures, tensor: str) -> Iterator[Violation]:
         # Full float32 has no tensor cores; tiles that suit it are too small for those of Hopper and
-        # Blackwell in tf32, which then use Ampere's.
+        # Blackwell in tf32, which then use Ampere's. In 16 bits these are slower on Hopper.
         dtype = self.program.dtype
         if not figures.loops:
             yield Violation("tensor cores", "has no loop that multiplies matrices")
@@ -344,6 +365,9 @@ class Report:
                 text = (
                     f"has no {tensor} in the full loop of {function}, only {loop.tensor or 'FMA'}"
                 )
+                yield Violation("tensor cores", text)
+            elif tensor == "HGMMA" and dtype != "tf32" and "HMMA" in loop.tensor:
+                text = f"has {loop.tensor['HMMA']} HMMA in the full loop of {function}"
                 yield Violation("tensor cores", text)
             if figures.descriptors and self.program.capability >= 90 and not loop.tma:
                 yield Violation("descriptors", f"has no UTMALDG in the full loop of {function}")
@@ -423,14 +447,13 @@ def _launch(program: Program) -> Any:
         arguments |= OPTIONS[option]
     if segments := arguments.pop("queries_for", None):
         layout = layout.queries_for(segments)
+    head_dim, head_dim_v = program.dims
     sizes = (
-        (layout.num_queries, HEADS),
-        (layout.num_tokens, KV_HEADS),
-        (layout.num_tokens, KV_HEADS),
+        (layout.num_queries, HEADS, head_dim),
+        (layout.num_tokens, KV_HEADS, head_dim),
+        (layout.num_tokens, KV_HEADS, head_dim_v),
     )
-    q, k, v = (
-        torch.zeros(*size, program.head_dim, dtype=dtype, requires_grad=True) for size in sizes
-    )
+    q, k, v = (torch.zeros(*size, dtype=dtype, requires_grad=True) for size in sizes)
     if "sinks" in arguments:
         arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
     changes = [
@@ -512,14 +535,13 @@ def read_figures(
 
 
 def _loop_figures(program: Program, function: str, loop: sass.Loop) -> LoopFigures:
-    products = program.area(function) * program.products(function)
-    padded = 1 << (program.head_dim - 1).bit_length()
+    area = program.area(function)
     clocks = sass.model(
         loop,
         program.capability,
         program.warps,
-        useful_products=products * program.head_dim,
-        issued_products=products * padded,
+        useful_products=area * program.width(function),
+        issued_products=area * program.width(function, padded=True),
         dtype=program.dtype,
     )
     return LoopFigures(
@@ -635,48 +657,55 @@ def compile_all(
 
 
 def selected(
-    architectures: list[int], dtypes: list[str], head_dims: list[int], kernels: list[str]
+    architectures: list[int],
+    dtypes: list[str],
+    head_dims: list[str],
+    kernels: list[str],
+    options: tuple[str, ...] = (),
 ) -> list[Program]:
-    """What the package launches on these architectures."""
+    """What the package launches on these architectures; head dimensions as in `HEAD_DIMS`."""
     return [
-        Program.from_selection(kernel, capability, dtype, head_dim)
+        Program.from_selection(kernel, capability, dtype, head_dim, options, *head_dim_v)
         for capability in architectures
         for dtype in dtypes
-        for head_dim in head_dims
+        for head_dim, *head_dim_v in (map(int, size.split("/")) for size in head_dims)
         for kernel in kernels
     ]
 
 
-def with_options(architectures: list[int], head_dim: int = 128) -> list[Program]:
-    """Forward and backward with each option, where it changes them; bfloat16."""
-    programs = [
-        Program.from_selection(kernel, capability, "bfloat16", head_dim, (option,))
-        for capability in architectures
-        for option in OPTIONS
-        for kernel in ("forward", "backward")
-    ]
-    return [x for x in programs if "fused" not in x.options or x.is_fused]
+def with_options(architectures: list[int], head_dims: list[str], *chosen: str) -> list[Program]:
+    """Forward and backward with options, where these change them; bfloat16."""
+    programs = selected(architectures, ["bfloat16"], head_dims, ["forward", "backward"], chosen)
+    return [x for x in programs if "fused" not in chosen or x.is_fused]
 
 
 def quick() -> list[Program]:
-    """The set of the tests: two and a half minutes on two cores."""
+    """The set of the tests: three minutes on two cores."""
     plain = selected(list(ARCHITECTURES), ["bfloat16"], list(HEAD_DIMS), ["forward", "backward"])
-    return plain + with_options([90]) + fused_64()
+    alone = [x for option in OPTIONS for x in with_options([90], ["128"], option)]
+    combined = with_options([90], ["128"], *COMBINED)
+    return plain + alone + combined + with_options([90, 100], ["64"], "fused")
 
 
 def everything() -> list[Program]:
-    """What is compiled by hand."""
-    dtypes = [dtype for dtype in DTYPES if dtype != "float16"]
-    plain = selected(list(ARCHITECTURES), dtypes, list(HEAD_DIMS), list(KERNELS))
-    return plain + with_options(list(ARCHITECTURES)) + fused_64()
+    """What is compiled by hand: `quick` and what other architectures, dtypes and sizes add to it.
 
-
-def fused_64() -> list[Program]:
-    """The fused backward at head dimension 64, where more architectures have it than at 128."""
-    return [
-        Program.from_selection("backward", capability, "bfloat16", 64, ("fused",))
-        for capability in (90, 100)
+    Options together hold more registers than each of them alone, so that other head dimensions than
+    128 need these only. float16 differs from bfloat16 in no more than how values are converted.
+    """
+    architectures, both = list(ARCHITECTURES), ["forward", "backward"]
+    programs = [
+        *quick(),
+        *selected(architectures, ["bfloat16"], list(HEAD_DIMS), ["delta", "reduce"]),
+        *selected(architectures, ["float32"], ["64", "128", "256"], list(KERNELS)),
+        *selected(architectures, ["tf32"], ["64", "128", "256"], both),
+        *selected(architectures, ["float16"], ["64", "128"], both),
+        *selected([89, 120], ["bfloat16"], ["64", "128", "256"], both),
+        *(x for option in OPTIONS for x in with_options(architectures, ["128"], option)),
+        *with_options(architectures, list(HEAD_DIMS), *COMBINED),
+        *with_options(architectures, ["64", "128"], *COMBINED, "fused"),
     ]
+    return list({program.label: program for program in programs}.values())
 
 
 def missing_tools() -> str:
@@ -783,8 +812,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the set of the tests")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(LIMITS), help="80 90 100")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all but float16")
-    parser.add_argument("--head-dim", type=int, nargs="+", metavar="D", help="64 80 128 256")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all")
+    parser.add_argument(
+        "--head-dim", nargs="+", metavar="D", help=f"D or D/DV: {' '.join(HEAD_DIMS)}"
+    )
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="all")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -800,16 +831,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--quick chooses what to compile: leave out --arch, --dtype, and so on")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    for head_dim in options.head_dim or ():
-        if not 16 <= head_dim <= 256:
-            parser.error(f"--head-dim must be in 16..256, got {head_dim}")
+    for size in options.head_dim or ():
+        if not re.fullmatch(r"\d+(/\d+)?", size):
+            parser.error(f"--head-dim must be D or D/DV, such as 192/128, got {size!r}")
+        for head_dim in size.split("/"):
+            if not 16 <= int(head_dim) <= 256:
+                parser.error(f"--head-dim must be in 16..256, got {head_dim}")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {options.json}")
     options.programs = quick() if options.quick else everything()
     if any(chosen):
         options.programs = selected(
             options.arch or list(ARCHITECTURES),
-            options.dtype or [dtype for dtype in DTYPES if dtype != "float16"],
+            options.dtype or list(DTYPES),
             options.head_dim or list(HEAD_DIMS),
             options.kernel or list(KERNELS),
         )

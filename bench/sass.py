@@ -56,6 +56,9 @@ AMPERE_RATES = {**RATES, "fma": 0.5}
 # full float32.
 TENSOR_RATE = {80: 1024, 86: 512, 89: 512, 90: 2048, 100: 4096, 120: 512}
 FLOAT32_RATE = {80: 64, 86: 128, 89: 128, 90: 128, 100: 128, 120: 128}
+# Share of that rate which Ampere's instruction has. On Hopper the peak is that of HGMMA; that HMMA
+# has half of it, which is its rate on Ampere, is an assumption.
+HMMA_SHARE = {90: 0.5}
 # Bytes of shared memory that a processor reads per clock.
 SHARED_BYTES = 128
 
@@ -245,7 +248,7 @@ def model(
             tensor += quarter * m * n * k / rate
         elif match := re.match(r"HMMA\.(16)(8)(\d+)", x.opcode):
             m, n, k = map(int, match.groups())
-            tensor += warps * m * n * k / rate
+            tensor += warps * m * n * k / (rate * HMMA_SHARE.get(capability, 1.0))
     if not tensor:
         tensor = issued_products / rate
     return Clocks(useful_products / rate, max(tensor, read / SHARED_BYTES), other)

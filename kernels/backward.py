@@ -125,7 +125,11 @@ def add_to_queries(
 ):  # fmt: skip
     """Adds dS K of one row tile to a sum (Tq, Hq, D) of dQ, without the scale, in any order."""
     # dQ += dS K                                                                         (B8)
-    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION, out_dtype=ACC)
+    if ds.shape[1] < 64:
+        # Hopper's instruction takes 64 rows at least, which dQ^T has.
+        dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION, out_dtype=ACC))
+    else:
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION, out_dtype=ACC)
     if DESCRIPTORS:
         dq_desc.atomic_add([row, head * D], dq)
     else:

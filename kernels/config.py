@@ -37,6 +37,8 @@ class Config:
         l2_bytes: second-level cache, for the order in which heads are run.
         forward_descriptors: whether the forward kernel loads K and V by TMA.
         fused: tile of the backward programs that own keys where these add up dQ too, if that pays.
+        bent_window: tile of the backward programs that own keys under a softcap and a window at
+            once, if `keys` is too large for that.
     """
 
     forward: Tile
@@ -47,7 +49,14 @@ class Config:
     processors: int
     forward_descriptors: bool = False
     fused: Tile | None = None
+    bent_window: Tile | None = None
     l2_bytes: int = 50 << 20
+
+    def keys_for(self, *, fused: bool, bent_window: bool) -> Tile:
+        """The tile of the backward programs that own keys under the options of a call."""
+        if fused and self.fused is not None:
+            return self.fused
+        return self.bent_window if bent_window and self.bent_window is not None else self.keys
 
     def heads_per_section(self, num_kv_heads: int, bytes_per_head: int) -> int:
         """KV heads that run before the others start: as many as half of the cache holds."""
@@ -63,6 +72,7 @@ INTERPRETER = Config(
     backward_warps=4,
     processors=4,
     fused=Tile(16, 32),
+    bent_window=Tile(32, 32),
     l2_bytes=1 << 14,
 )
 
@@ -96,7 +106,7 @@ def select_config(
         return _ampere(head_dim, processors)
     # A descriptor's tile is as wide as a head: no padding to a power of two.
     descriptors = dims <= {64, 128}
-    return _hopper(head_dim, processors, capability < 100 and descriptors, descriptors)
+    return _hopper(head_dim, processors, capability < 100, descriptors)
 
 
 # Figures: registers, then bytes of spill stores / loads, then shared memory; bfloat16, Triton 3.9
@@ -143,7 +153,7 @@ def _ampere(head_dim: int, processors: int) -> Config:
     return Config(Tile(64, 64), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
 
 
-def _hopper(head_dim: int, processors: int, descriptors: bool, fused: bool) -> Config:
+def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) -> Config:
     """sm_90, and sm_100 with the same tiles: 227 KB of shared memory in a block."""
     if head_dim <= 64:
         # 246, 0, 64 KB, two blocks; 8 warps leave room for one. Backward 232, 0, 81 KB.
@@ -151,17 +161,22 @@ def _hopper(head_dim: int, processors: int, descriptors: bool, fused: bool) -> C
         # Fused 232, 0, 96 KB: a model says 57 % of peak instead of 40. sm_100: 245, 0, 112 KB, 37 %
         # instead of 27.
         config = Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
-        return replace(config, fused=Tile(64, 128)) if fused else config
+        return replace(config, fused=Tile(64, 128)) if descriptors else config
     if head_dim <= 128:
         # 254, 0, 128 KB; 128x128 spills 44/64, 4 warps 684/876. By TMA on sm_90 128x128 spills
         # 8/12, outside of its full loop, with 14 % fewer clocks per key there (255, 160 KB).
         # Backward 255, 56/88, 161 KB (Triton 3.6: 88/156); 64x64 keys spill 120/168 and compute
         # half of S and dP twice. TMA there spills less on 3.6 and more on 3.9.
         # sm_100: 250, 0, 129 KB; 246, 0, 193 KB (3.6: 60/112).
-        # Fused 242, 0, 152 KB, 59 % of peak in the model instead of 49; 64x128 says 68 % but spills
-        # 160/232, in its full loop too. On sm_100 it needs more tensor memory than there is.
+        # Fused 240, 0, 120 KB, 55 % of peak in the model instead of 49 (3.6: 255, 20/36, 58 %);
+        # 64x128 says 68 % but spills 160/232, in its full loop too. On sm_100 it needs more tensor
+        # memory than there is.
+        # A softcap with a window, with every other option: 64x128 keys spill 308/380, in the full
+        # loop too, 32x128 keys nothing. On sm_100 the former spill outside of it only.
         config = Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
-        if not descriptors:
+        if is_hopper:
+            config = replace(config, bent_window=Tile(32, 128))
+        if not (is_hopper and descriptors):
             return config
         return replace(
             config, forward=Tile(128, 128), forward_descriptors=True, fused=Tile(32, 128)

@@ -88,8 +88,8 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     config = _config(q, v)
     fused = config.fused is not None and _any_order(options)
-    if config.fused is not None and fused:
-        config = replace(config, keys=config.fused)
+    bent_window = options.softcap is not None and options.window_size is not None
+    config = replace(config, keys=config.keys_for(fused=fused, bent_window=bent_window))
     tables = _backward_tables(
         _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device
     )

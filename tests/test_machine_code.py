@@ -138,6 +138,7 @@ GOOD = Figures(200, 0, 0, 1024, tensor={"HGMMA": 8}, loops={"forward_kernel": lo
         ({"spill_loads": 4}, "spills"),
         ({"loops": {"forward_kernel": loop(local=1)}}, "loop spills"),
         ({"loops": {"forward_kernel": loop(tensor={"HMMA": 8})}}, "tensor cores"),
+        ({"loops": {"forward_kernel": loop(tensor={"HGMMA": 8, "HMMA": 8})}}, "tensor cores"),
         ({"loops": {}}, "tensor cores"),
         ({"descriptors": True}, "descriptors"),
     ],
@@ -274,6 +275,36 @@ def test_model_counts_products_shared_reads_and_issue_slots():
     )
 
 
+def test_model_charges_half_of_the_rate_for_hmma_on_hopper():
+    instructions, labels = sass.parse(listing().replace("HGMMA.64x64x16", "HMMA.16816"))
+    full, _ = sass.loops(instructions, labels)
+    ampere, hopper = (sass.model(full, x, 8, 1.0, 1.0, "bfloat16") for x in (80, 90))
+    # Eight warps, two products of 16x8x16 each.
+    assert ampere.tensor == hopper.tensor == 8 * 2 * 16 * 8 * 16 / 1024
+
+
+@pytest.mark.parametrize(
+    ("kernel", "function", "width", "repeated"),
+    [
+        ("forward", "forward_kernel", 192 + 128, 0),
+        ("backward", "key_tile", 2 * 192 + 2 * 128, 0),
+        ("backward", "query_tile", 2 * 192 + 128, 192 + 128),
+    ],
+)
+def test_products_count_both_head_dims(kernel, function, width, repeated):
+    program = Program.from_selection(kernel, 90, "bfloat16", 192, head_dim_v=128)
+    assert (program.width(function), program.repeated(function)) == (width, repeated)
+    assert program.label == f"sm_90 bf16 D192/128 {kernel}"
+
+
+def test_options_under_which_keys_spill_have_tiles_of_their_own():
+    plain = Program.from_selection("backward", 90, "bfloat16", 128)
+    together = replace(plain, options=machine_code.COMBINED)
+    assert plain.keys == plain.config.keys
+    assert together.keys == plain.config.bent_window != plain.keys
+    assert replace(together, options=(*together.options, "fused")).keys == plain.config.fused
+
+
 def test_log_and_listing_are_read():
     log = "4 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\nUsed 99 registers"
     figures = machine_code.read_figures(PROGRAM, log + "\nwgmma serialized", listing(), shared=64)
@@ -305,7 +336,8 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_blocks_are_powers_of_two(capability, head_dim):
     config = Program.from_selection("backward", capability, "bfloat16", head_dim).config
-    for tile in filter(None, (config.forward, config.keys, config.queries, config.fused)):
+    tiles = (config.forward, config.keys, config.queries, config.fused, config.bent_window)
+    for tile in filter(None, tiles):
         assert tile.block_m.bit_count() == tile.block_n.bit_count() == 1
 
 
@@ -315,6 +347,8 @@ def test_blocks_are_powers_of_two(capability, head_dim):
         (["--quick", "--arch", "90"], "--quick chooses"),
         (["--jobs", "0"], "at least 1, got 0"),
         (["--head-dim", "512"], "16..256, got 512"),
+        (["--head-dim", "192/8"], "16..256, got 8"),
+        (["--head-dim", "192-128"], "such as 192/128, got '192-128'"),
         (["--json", "no/such/folder/x.json"], "folder that exists"),
     ],
 )

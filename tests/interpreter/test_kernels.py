@@ -159,6 +159,17 @@ def test_triton_gradients_have_the_same_bits_from_run_to_run():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_triton_adds_up_dq_either_way_round(block_m, monkeypatch):
+    """Row tiles below and from 64 on multiply K^T dS^T and dS K."""
+    from prefix_attn.kernels.config import INTERPRETER, Tile
+
+    config = replace(INTERPRETER, fused=Tile(block_m, 32))
+    monkeypatch.setattr(triton_backend, "_config", lambda q, v: config)
+    monkeypatch.setattr(triton_backend, "_any_order", lambda options: True)
+    _check(SPLIT, 2, 1, 16, 32, torch.float64)
+
+
 def test_split_layout_really_splits(monkeypatch):
     from prefix_attn.kernels import backward
 
