@@ -64,24 +64,40 @@ class Case:
     @property
     def pairs(self) -> int:
         """Allowed (query, key) pairs with the prefix computed once."""
-        triangle = (
-            self.prefix * (self.prefix + 1) + self.group * self.suffix * (self.suffix + 1)
-        ) // 2
-        return triangle + self.group * self.suffix * self.prefix
+        return self.pairs_under()
+
+    def pairs_under(self, window_size: int | None = None, prefix_causal: bool = True) -> int:
+        """Allowed pairs under these options of `prefix_attention`."""
+        window = window_size or self.sequence
+
+        def seen(rows: int) -> int:
+            """What the first rows of a sequence see: 1 + 2 + ..., at most a window each."""
+            rising = min(rows, window)
+            return rising * (rising + 1) // 2 + (rows - rising) * window
+
+        ahead = 0 if prefix_causal else self.prefix * (self.prefix - 1) // 2
+        prefix = seen(self.prefix)
+        return prefix + ahead + self.group * (seen(self.sequence) - prefix)
 
     @property
     def forward_flops(self) -> float:
-        """FLOPs of the forward pass: 4 D Hq pairs.
+        """FLOPs of the forward pass over all `pairs`.
 
-        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair.
-        Every provider is charged this useful work, whatever it computes.
+        Every provider is charged this useful work, whether it repeats the prefix or not.
         """
-        return 4.0 * self.head_dim * self.heads_q * self.pairs
+        return self.flops(self.pairs)
 
     @property
     def backward_flops(self) -> float:
         """FLOPs of the backward pass: five matrix products against two, 2.5 times the forward."""
         return 2.5 * self.forward_flops
+
+    def flops(self, pairs: int) -> float:
+        """FLOPs of a forward pass over so many pairs: 4 D Hq pairs.
+
+        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair.
+        """
+        return 4.0 * self.head_dim * self.heads_q * pairs
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from bench import gpu_tune, report
 from bench.cases import Case
 from bench.measure import Quantiles, Result
-from bench.providers import OURS
+from bench.providers import OURS, PROVIDERS
 from bench.report import Row
 
 # Cases in the picture.
@@ -98,6 +98,8 @@ def _result(row: dict[str, Any]) -> Result:
         case=Case(**row["case"]),
         provider=row["provider"],
         is_baseline=row["is_baseline"],
+        same=row["same"],
+        pairs=row["pairs"],
         forward=forward,
         backward=quantiles("backward"),
         total=quantiles("total"),
@@ -130,6 +132,9 @@ def _draw(rows: list[Row], facts: dict[str, Any], path: Path) -> list[str]:
             "`python -m bench.gpu --report --out FOLDER` draws it from these files."
         )
         return []
-    drawn = list(dict.fromkeys(row.result.case for row in rows))[:DRAWN]
+    known = {provider.name for provider in PROVIDERS}
+    drawn = list(dict.fromkeys(r.result.case for r in rows if r.result.provider in known))[:DRAWN]
+    if not drawn:
+        return []
     report.draw([row for row in rows if row.result.case in drawn], facts, path)
     return [path.name]

@@ -199,6 +199,8 @@ def time_provider(
             "case": asdict(case),
             "provider": provider.name,
             "is_baseline": provider.is_baseline,
+            "same": not provider.changes,
+            "pairs": provider.pairs(case),
             **{name: times[name] and asdict(times[name]) for name in times},
             "peak_bytes": peak,
             "errors": errors,

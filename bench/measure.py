@@ -62,6 +62,8 @@ class Result:
         case: what was timed.
         provider: the name of the provider.
         is_baseline: whether it repeats the prefix.
+        same: whether it computes what repeating does, so that the two can be compared.
+        pairs: allowed (query, key) pairs of what it computes.
         forward: time of the forward pass.
         backward: time of the backward pass, None where there is none.
         total: time of both.
@@ -74,6 +76,8 @@ class Result:
     case: Case
     provider: str
     is_baseline: bool
+    same: bool
+    pairs: int
     forward: Quantiles
     backward: Quantiles | None
     total: Quantiles | None
@@ -310,6 +314,8 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
                 case=case,
                 provider=provider.name,
                 is_baseline=provider.is_baseline,
+                same=not provider.changes,
+                pairs=provider.pairs(case),
                 **pass_times(forwards, totals),
                 peak_bytes=peaks[provider.name],
                 errors=errors[provider.name],

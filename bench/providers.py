@@ -11,9 +11,9 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -100,6 +100,8 @@ class Provider:
         prepare: binds it to inputs.
         forward_only: why it has no backward pass on a device, or None.
         is_baseline: whether it repeats the prefix; speed-ups are over the fastest that does.
+        changes: options of `prefix_attention` that make it compute another function, where sinks
+            True stands for a tensor; such a provider has no speed-up over repeating.
     """
 
     name: str
@@ -107,6 +109,12 @@ class Provider:
     prepare: Callable[[Inputs], Prepared]
     forward_only: Callable[[torch.device], str | None] = lambda device: None
     is_baseline: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def pairs(self, case: Case) -> int:
+        """Allowed (query, key) pairs of what it computes."""
+        rule = {n: x for n, x in self.changes.items() if n in ("window_size", "prefix_causal")}
+        return case.pairs_under(**rule)
 
 
 def _leaves(inputs: Inputs, arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +131,16 @@ def _always(case: Case, device: torch.device) -> str | None:
     return None
 
 
+def with_sinks(options: Mapping[str, Any], case: Case, device: torch.device) -> dict[str, Any]:
+    """Options with a tensor where they ask for sinks."""
+    if not options.get("sinks"):
+        return dict(options)
+    return {**options, "sinks": torch.linspace(-1, 1, case.heads_q, device=device)}
+
+
 def _prepare_ours(inputs: Inputs, **options: Any) -> Prepared:
     q, k, v = leaves = _leaves(inputs, lambda x: x)
-    if options.get("sinks"):
-        options["sinks"] = torch.zeros(inputs.case.heads_q, device=q.device)
+    options = with_sinks(options, inputs.case, q.device)
 
     def forward() -> Tensor:
         return prefix_attention(q, k, v, inputs.layout, backend=ours_backend, **options)
@@ -427,51 +441,69 @@ PROVIDERS = (
 )
 
 
-def _no_gluon(case: Case, device: torch.device) -> str | None:
+def no_gluon(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, scale: float, device: torch.device
+) -> str | None:
+    """Why the optional Hopper forward can't serve a call without further options, or None."""
     try:
         from prefix_attn.kernels import gluon_forward
     except ImportError as error:
         return f"this Triton has no such Gluon ({error})"
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return gluon_forward.why_not(
-        10 * major + minor,
-        DTYPES[case.dtype],
-        case.head_dim,
-        case.head_dim,
-        Options(case.head_dim**-0.5),
-        None,
+        10 * major + minor, dtype, head_dim, head_dim_v, Options(scale), None
     )
 
 
+def _no_gluon(case: Case, device: torch.device) -> str | None:
+    scale = case.head_dim**-0.5
+    return no_gluon(DTYPES[case.dtype], case.head_dim, case.head_dim, scale, device)
+
+
+@contextmanager
+def gluon() -> Iterator[None]:
+    """Calls of ours take the optional Hopper forward."""
+    before = os.environ.get(FORWARD_VARIABLE)
+    os.environ[FORWARD_VARIABLE] = "gluon"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORWARD_VARIABLE]
+        else:
+            os.environ[FORWARD_VARIABLE] = before
+
+
 def _prepare_gluon(inputs: Inputs) -> Prepared:
-    """Ours with the optional Hopper forward."""
     prepared = _prepare_ours(inputs)
 
     def forward() -> Tensor:
-        before = os.environ.get(FORWARD_VARIABLE)
-        os.environ[FORWARD_VARIABLE] = "gluon"
-        try:
+        with gluon():
             return prepared.forward()
-        finally:
-            if before is None:
-                del os.environ[FORWARD_VARIABLE]
-            else:
-                os.environ[FORWARD_VARIABLE] = before
 
     return replace(prepared, forward=forward)
 
 
-# Ways to call ours that compute something else, or the same in another way.
-MODES = (
-    *(
-        Provider(f"{OURS} {name}", _always, partial(_prepare_ours, **arguments))
-        for name, arguments in (
-            ("deterministic=False", {"deterministic": False}),
-            ("window 1024", {"window_size": 1024}),
-            ("softcap 30", {"softcap": 30.0}),
-            ("sinks", {"sinks": True}),
-            ("prefix_causal=False", {"prefix_causal": False}),
-        )
-    ),
-    Provider(f"{OURS} gluon", _no_gluon, _prepare_gluon),
-)
+# Names of the modes that compute the same as ours in another way.
+FUSED, GLUON = f"{OURS} deterministic=False", f"{OURS} gluon"
+
+
+def modes(window_size: int) -> tuple[Provider, ...]:
+    """Ways to call ours: first those that compute the same, then those that don't."""
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
+        (f"window {window_size}", {"window_size": window_size}),
+        ("softcap 30", {"softcap": 30.0}),
+        ("sinks", {"sinks": True}),
+        ("prefix_causal=False", {"prefix_causal": False}),
+    )
+    return (
+        Provider(FUSED, _always, partial(_prepare_ours, deterministic=False)),
+        Provider(GLUON, _no_gluon, _prepare_gluon),
+        *(
+            Provider(f"{OURS} {name}", _always, partial(_prepare_ours, **options), changes=options)
+            for name, options in changes
+        ),
+    )
+
+
+MODES = modes(1024)

@@ -44,9 +44,17 @@ def markdown(results: Path) -> str:
             "",
             f"{machine}, {first['dtype']}, {versions}, "
             f"commit {first['commit']}; medians. P prefix, S suffix, G members, query/KV heads. "
-            "Speed-up is over repeated SDPA; peak memory holds inputs, output and gradients.",
+            "Speed-up is over repeated SDPA; peak memory holds inputs, output and gradients."
+            + _on_modes(rows),
         ]
     )
+
+
+def _on_modes(rows: list[dict[str, str]]) -> str:
+    """What the figures of rows without an ideal mean, if there are any."""
+    if all(row["ideal"] for row in rows):
+        return ""
+    return " TFLOP/s count the pairs of each mode; one that computes another function has no ideal."
 
 
 def _case(row: dict[str, str]) -> str:

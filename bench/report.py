@@ -41,13 +41,13 @@ class Row:
 
     Attributes:
         result: what was measured.
-        ideal: FLOPs without sharing over FLOPs with it.
-        forward_speedup: over the fastest repeated SDPA, None where none ran.
+        ideal: FLOPs without sharing over FLOPs with it; None for what computes another function.
+        forward_speedup: over the fastest repeated SDPA, None where none ran or there is no ideal.
         total_speedup: the same for forward and backward.
     """
 
     result: Result
-    ideal: float
+    ideal: float | None
     forward_speedup: float | None
     total_speedup: float | None
 
@@ -55,7 +55,7 @@ class Row:
     def share(self) -> float | None:
         """Part of the ideal that is reached, forward and backward; forward where that is all."""
         speedup = self.total_speedup if self.result.total else self.forward_speedup
-        return None if speedup is None else speedup / self.ideal
+        return None if speedup is None or self.ideal is None else speedup / self.ideal
 
 
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
@@ -65,14 +65,15 @@ def compare(results: list[Result]) -> list[Row]:
     """Sets each result against the fastest repeated SDPA of its case."""
     rows = []
     for result in results:
-        baselines = [r for r in results if r.case == result.case and r.is_baseline]
+        same = [r for r in results if r.case == result.case] if result.same else []
+        baselines = [r for r in same if r.is_baseline]
         forward = min((r.forward.median for r in baselines), default=None)
         total = min((r.total.median for r in baselines if r.total), default=None)
         own = result.total and result.total.median
         rows.append(
             Row(
                 result=result,
-                ideal=result.case.layout(torch.device("cpu")).flop_ratio,
+                ideal=result.case.layout(torch.device("cpu")).flop_ratio if result.same else None,
                 forward_speedup=forward and forward / result.forward.median,
                 total_speedup=total / own if total and own else None,
             )
@@ -96,7 +97,7 @@ def _cells(row: Row, case: str) -> tuple[str, ...]:
         f"{result.total.median:.1f}" if result.total else "-",
         spread(result.total),
         f"{speedup:.2f}x{mark}" if speedup else "-",
-        f"{row.ideal:.2f}x",
+        f"{row.ideal:.2f}x" if row.ideal else "-",
         f"{share:.0%}" if share else "-",
         f"{result.peak_bytes / 2**20:.0f}",
     )
@@ -182,7 +183,7 @@ def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     for row in rows:
         result, case = row.result, row.result.case
         backward, total = result.backward, result.total
-        flops = case.forward_flops + case.backward_flops
+        flops = case.flops(result.pairs)
         record: dict[str, Any] = {
             "prefix": case.prefix,
             "suffix": case.suffix,
@@ -192,6 +193,7 @@ def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
             "head_dim": case.head_dim,
             "dtype": case.dtype,
             "provider": result.provider,
+            "pairs": result.pairs,
             "fwd_ms": result.forward.median,
             "fwd_p20_ms": result.forward.p20,
             "fwd_p80_ms": result.forward.p80,
@@ -202,9 +204,9 @@ def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
             "total_p20_ms": total and total.p20,
             "total_p80_ms": total and total.p80,
             "rounds": result.rounds,
-            "fwd_tflops": case.forward_flops / result.forward.median * 1e-9,
-            "bwd_tflops": backward and case.backward_flops / backward.median * 1e-9,
-            "total_tflops": total and flops / total.median * 1e-9,
+            "fwd_tflops": flops / result.forward.median * 1e-9,
+            "bwd_tflops": backward and 2.5 * flops / backward.median * 1e-9,
+            "total_tflops": total and 3.5 * flops / total.median * 1e-9,
             "fwd_speedup": row.forward_speedup,
             "total_speedup": row.total_speedup,
             "ideal": row.ideal,
@@ -225,12 +227,17 @@ def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
 
 
 def draw(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """Draws the speed-ups over repeated SDPA per case, with the ideal as a line over each."""
+    """Draws the speed-ups over repeated SDPA per case, with the ideal as a line over each.
+
+    Modes of ours are left to the tables.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    known = {provider.name for provider in PROVIDERS}
+    rows = [row for row in rows if row.result.provider in known]
     cases = list(dict.fromkeys(row.result.case for row in rows))
     names = [p.name for p in PROVIDERS if any(row.result.provider == p.name for row in rows)]
     width = max(9.0, 0.5 * len(names) * len(cases) * 0.75)

@@ -1,10 +1,18 @@
 """The generated tables in the pages are those of the files that they come from."""
 
 import csv
+from itertools import product
 
 import pytest
+import torch
 
-from bench import publish
+from bench import publish, report
+from bench.cases import Case
+from bench.measure import Quantiles, Result
+from bench.providers import MODES, PROVIDERS
+
+# A group of three; prefix and suffix are longer and shorter than the windows.
+CASE = Case(7, 4, 3, 4, 2, 16, "float32")
 
 
 @pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: page.name)
@@ -38,3 +46,71 @@ def test_run_without_a_marker_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     assert publish.main(["no-such-name", "--run", str(tmp_path)]) == 1
     assert "no page has the marker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("window_size", "prefix_causal"), [*product((None, 1, 3, 5, 9, 11, 20), (True, False))]
+)
+def test_pairs_are_those_of_the_mask(window_size, prefix_causal):
+    keep = CASE.layout(torch.device("cpu")).materialize(
+        window_size=window_size, prefix_causal=prefix_causal
+    )
+    assert CASE.pairs_under(window_size, prefix_causal) == int(keep.sum())
+
+
+def _results(case):
+    """One second for every provider and mode of a case."""
+    second = Quantiles(1000.0, 1000.0, 1000.0)
+    return [
+        Result(
+            case=case, provider=p.name, is_baseline=p.is_baseline, same=not p.changes,
+            pairs=p.pairs(case), forward=second, backward=second, total=second, peak_bytes=0,
+            errors={}, gate_case=case, rounds=3,
+        )
+        for p in (*PROVIDERS, *MODES)
+    ]  # fmt: skip
+
+
+def test_modes_count_their_own_pairs_and_have_no_speedup_where_they_compute_something_else(
+    tmp_path,
+):
+    case = Case(2048, 512, 16, 32, 8, 128, "bfloat16")
+    rows = report.compare(_results(case))
+    facts = report.environment(torch.device("cpu"))
+    report.write_csv(rows, facts, tmp_path / "bench.csv")
+    lines = {r["provider"]: r for r in csv.DictReader((tmp_path / "bench.csv").open(newline=""))}
+    ours, window = lines["prefix_attn"], lines["prefix_attn window 1024"]
+    # Rows before the window's length see fewer keys, every later one sees 1024.
+    pairs = 1024 * 1025 // 2 + 1024 * 1024 + 16 * 512 * 1024
+    assert int(window["pairs"]) == pairs
+    assert float(window["fwd_tflops"]) == pytest.approx(4 * 128 * 32 * pairs * 1e-12, rel=1e-5)
+    assert float(window["bwd_tflops"]) == pytest.approx(2.5 * float(window["fwd_tflops"]), rel=1e-5)
+    assert float(window["total_tflops"]) == pytest.approx(
+        3.5 * float(window["fwd_tflops"]), rel=1e-5
+    )
+    empty = ("fwd_speedup", "total_speedup", "ideal", "share_of_ideal")
+    assert [window[name] for name in empty] == [""] * 4
+    assert all(ours[name] for name in empty)
+    for name in ("prefix_attn deterministic=False", "prefix_attn gluon"):
+        assert [lines[name][x] for x in (*empty, "pairs")] == [ours[x] for x in (*empty, "pairs")]
+    shown = report.table(rows).splitlines()
+    assert any(" window 1024 " in x and x.split()[-4:-1] == ["-", "-", "-"] for x in shown)
+    text = publish.markdown(_with_driver(tmp_path / "bench.csv"))
+    assert "TFLOP/s count the pairs of each mode" in text
+
+
+def _with_driver(path):
+    """The same file as a GPU would have written it."""
+    rows = [r | {"driver": "1.2"} for r in csv.DictReader(path.open(newline=""))]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_picture_takes_what_computes_the_same(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = report.compare(_results(CASE)[::-1])
+    report.draw(rows, report.environment(torch.device("cpu")), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 0
