@@ -55,7 +55,7 @@ def gradients(model):
 
 def step(model, rank):
     batch = batches()[rank]
-    loss_of(model(**batch, use_cache=False), batch["attention_mask"]).backward()
+    loss_of(model(**batch), batch["attention_mask"]).backward()
     counts = prefix_attn.stats(model)
     assert (counts.calls, counts.packed_calls) == (1, int(rank == 0)), counts
 
