@@ -265,6 +265,39 @@ def test_estimate_prints_its_figures(run):
     assert "FLOPs are not time" in out
     assert "Worth it: a layer's FLOPs fall between 2.50x and 4.00x." in " ".join(out.split())
     assert "prefix-attn bench --prefix 4096 --suffix 1024 --group 16" in out
+    assert "attention's Q, K, V and O alone; other activations" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 3), (9, 0, 3), (9, 1, 1), (8192, 512, 16)])
+def test_estimate_recommends_what_bench_takes(run, shape):
+    lengths = [
+        x for pair in zip(("--prefix", "--suffix", "--group"), shape, strict=True) for x in pair
+    ]
+    out = run("estimate", *lengths)[1]
+    commands = re.findall(r"^  prefix-attn (bench .*)", out, re.M)
+    for command in commands:
+        assert _options(*command.split()).command == "bench"
+    # Nothing can be timed without suffixes; a long shape comes with one for a CPU.
+    assert len(commands) == {(9, 0, 3): 0, (8192, 512, 16): 2}.get(shape, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "texts"),
+    [
+        ((0, 7, 3), ["3 members of 7 tokens that continue", "none: there is no prefix"]),
+        (
+            (9, 1, 1),
+            ["1 member of 1 token that continues", "none: there is one member", "for 1 member;"],
+        ),
+        ((9, 7, 3), ["2 of the prefix in every layer"]),
+    ],
+)
+def test_estimate_counts_in_words(run, shape, texts):
+    lengths = [
+        x for pair in zip(("--prefix", "--suffix", "--group"), shape, strict=True) for x in pair
+    ]
+    out = " ".join(run("estimate", *lengths)[1].split())
+    assert all(text in out for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +307,7 @@ def test_estimate_prints_its_figures(run):
         ((1.15, 1.02), "Not worth it: a layer's FLOPs fall between 1.02x and 1.15x, less than"),
         ((1.5, 1.1), "It depends on how much of the time is attention"),
         ((1.5, 1.1, 1.4), "Worth it: a layer's FLOPs fall 1.40x."),
+        ((10.0, 10.0), "Worth it: a layer's FLOPs fall 10.00x."),
         ((4.0, 2.5), "Worth it: a layer's FLOPs fall between 2.50x and 4.00x."),
     ],
 )
@@ -317,9 +351,10 @@ def test_heat_map_needs_no_unicode(monkeypatch):
     assert estimate.heat_map(Group(1000, 100, 4)).isascii()
 
 
-def test_estimate_plots(run, tmp_path):
+@pytest.mark.parametrize("ending", [".png", ".PNG"])
+def test_estimate_plots(run, tmp_path, ending):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "map.png"
+    path = tmp_path / f"map{ending}"
     code, out, _ = run("estimate", *SHAPE, "--plot", path)
     assert code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -913,7 +948,65 @@ def test_bench_says_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(bench, "_measured", too_much)
     code, _, err = run("bench", *QUICK)
     assert code == 2
-    assert "P48 S16 G3 4/2 D16 in fp32 does not fit on the GPU" in err
+    assert "P48 S16 G3 4/2 D16 in fp32 does not fit in memory with the prefix repeated" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_bench_knows_errors_of_memory(run, monkeypatch, error):
+    def failing(*arguments):
+        raise error
+
+    monkeypatch.setattr(bench, "_measured", failing)
+    code, _, err = run("bench", *QUICK)
+    assert code == 2
+    assert "give a smaller --prefix, --suffix or --group" in err
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        run("bench", *QUICK)
+
+
+def test_bench_refuses_what_the_memory_does_not_hold(run, monkeypatch, tmp_path):
+    shape = bench.Shape(Group(48, 16, 3), 4, 2, 16, "fp32")
+    leaves = [torch.empty(n, h, 16) for n in (96, 192) for h in (4, 2, 2, 4)]
+    assert shape.least_bytes == sum(2 * x.nbytes for x in leaves)
+    monkeypatch.setattr(bench, "MEMORY_FILE", tmp_path / "meminfo")
+    monkeypatch.setattr(bench, "_announce", lambda *arguments: None)
+    kib = shape.least_bytes // 1024
+    bench.MEMORY_FILE.write_text(f"MemFree: 1 kB\nMemAvailable:   {kib - 1} kB\n")
+    code, _, err = run("bench", *QUICK)
+    assert code == 2
+    assert "does not fit in memory with the prefix repeated: 432 KiB at least" in err
+    assert "(431 KiB are free)" in err
+    bench.MEMORY_FILE.write_text(f"MemFree: 1 kB\nMemAvailable:   {kib} kB\n")
+    assert run("bench", *QUICK)[0] == 0
+
+
+def test_bench_says_beforehand_what_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 100.0)
+    small = bench.Shape(Group(48, 16, 3), 4, 2, 16, "fp32")
+    large = bench.Shape(Group(4800, 1600, 3), 4, 2, 16, "fp32")
+    bench._announce(small, small, 0.0)
+    assert capsys.readouterr().err == ""
+    # 10,000 times the pairs, roughly: 0.2 s become 2,000 for a round, and there are four.
+    bench._announce(large, small, 0.0)
+    assert "P4800 S1600 G3 4/2 D16 takes about 2 hours, to judge by" in capsys.readouterr().err
+    bench._announce(large, small, 8000.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.4, "12 seconds"), (100, "2 minutes"), (7000, "2 hours"), (2e5, "2 days")],
+)
+def test_durations_are_rounded(seconds, text):
+    assert bench._duration(seconds) == text
 
 
 def test_bench_says_when_it_takes_longer(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import statistics
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,19 @@ from prefix_attn.api import choose_backend, prefix_attention
 from prefix_attn.cli.checks import check_gradients
 from prefix_attn.cli.costs import Group
 from prefix_attn.cli.estimate import check_heads, group_of
-from prefix_attn.cli.terminal import DTYPES, UsageError, at_least, cut, paragraph, table, width
+from prefix_attn.cli.terminal import (
+    DTYPES,
+    UsageError,
+    at_least,
+    complain,
+    counted,
+    cut,
+    on_terminal,
+    paragraph,
+    size,
+    table,
+    width,
+)
 from prefix_attn.layout import PrefixLayout
 
 EXAMPLE = "bench --prefix 2048 --suffix 128 --group 8"
@@ -39,6 +53,9 @@ MINUTES = 0.5
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 # It says so if the fewest rounds take so much longer than there is time.
 PATIENCE_SECONDS = 10.0
+MEMORY_FILE = Path("/proc/meminfo")
+# How PyTorch words it that the CPU's memory is not enough: no class of its own.
+NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
 # The check computes dense float64 scores of this many tokens.
 CHECK_TOKENS = 1024
 # Larger than any L2 cache: written between CUDA timings.
@@ -78,6 +95,13 @@ class Shape:
                 max(2, group.members // 2) if group.suffix <= 2 else group.members,
             )
         return dataclasses.replace(self, group=group)
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of Q, K, V, the output and their gradients, repeated and shared at once."""
+        tokens = self.group.repeated_tokens + self.group.tokens
+        itemsize = DTYPES[self.dtype].itemsize
+        return 4 * tokens * (self.heads + self.kv_heads) * self.head_dim * itemsize
 
     @property
     def label(self) -> str:
@@ -123,12 +147,13 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         seconds = (deadline - time.monotonic()) / (len(shapes) - i)
         _note(f"{shape.label}: checking gradients")
         try:
+            if device.type == "cpu":
+                _check_memory(shape)
             rows.append(_measured(shape, device, max(seconds, 0.0)))
-        except torch.OutOfMemoryError:
-            raise UsageError(
-                f"{shape.label} in {shape.dtype} does not fit on the GPU with the prefix repeated: "
-                "give a smaller --prefix, --suffix or --group"
-            ) from None
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
+            if _is_of_memory(error):
+                raise UsageError(_too_large(shape, device)) from None
+            raise
         finally:
             _note("")
     results = {
@@ -202,10 +227,34 @@ def _spread(times: dict[str, float]) -> str:
 
 def _note(text: str) -> None:
     """What is being done, on a terminal only."""
-    if sys.stderr.isatty():
+    if on_terminal():
         columns = width() - 1
         line = f"\r{cut(text, columns):<{columns}}"
         print(line if text else f"{line}\r", end="", file=sys.stderr, flush=True)
+
+
+def _too_large(shape: Shape, device: torch.device) -> str:
+    where = "on the GPU" if device.type == "cuda" else "in memory"
+    return (
+        f"{shape.label} in {shape.dtype} does not fit {where} with the prefix repeated: "
+        f"{size(shape.least_bytes)} at least; give a smaller --prefix, --suffix or --group"
+    )
+
+
+def _is_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in NO_MEMORY
+    )
+
+
+def _check_memory(shape: Shape) -> None:
+    """Refuses what the machine has no memory for, where it tells: on Linux."""
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", MEMORY_FILE.read_text())
+    except OSError:
+        return
+    if found and shape.least_bytes > (free := 1024 * int(found.group(1))):
+        raise UsageError(f"{_too_large(shape, torch.device('cpu'))} ({size(free)} are free)")
 
 
 def _plan(options: argparse.Namespace) -> tuple[torch.device, list[Shape]]:
@@ -274,6 +323,8 @@ def _measured(shape: Shape, device: torch.device, seconds: float) -> dict[str, A
     if wrong:
         return row | {"wrong": ", ".join(wrong), "baseline": "none"}
     _note(f"{shape.label}: timing")
+    if device.type == "cpu":
+        _announce(shape, small, seconds)
     baseline, repeated = _repeated(shape, device)
     times = _interleaved([repeated, _shared(shape, device)], device, seconds)
     repeated_ms, ours_ms = map(_quantiles, times)
@@ -289,6 +340,31 @@ def _measured(shape: Shape, device: torch.device, seconds: float) -> dict[str, A
     }
 
 
+def _announce(shape: Shape, small: Shape, seconds: float) -> None:
+    """Says beforehand if the fewest rounds take much longer, from the speed of the small shape."""
+    device = torch.device("cpu")
+    expected = 0.0
+    for each, pairs, all_pairs in (
+        (_repeated(small, device)[1], small.group.repeated_pairs, shape.group.repeated_pairs),
+        (_shared(small, device), small.group.pairs, shape.group.pairs),
+    ):
+        fastest = min(_cpu_ms(each) for _ in range(1 + MIN_ROUNDS))
+        expected += fastest / 1e3 * all_pairs / pairs
+    expected *= 1 + MIN_ROUNDS
+    if expected > seconds + PATIENCE_SECONDS:
+        complain(
+            f"{shape.label} takes about {_duration(expected)}, to judge by a small shape: a "
+            "smaller --prefix, --suffix or --group takes less"
+        )
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * unit:
+            return counted(round(seconds / unit), name)
+    return counted(round(seconds), "second")
+
+
 def _interleaved(
     passes: list[Callable[[], Any]], device: torch.device, seconds: float
 ) -> list[list[float]]:
@@ -296,9 +372,8 @@ def _interleaved(
     timer = _cuda_ms if device.type == "cuda" else _cpu_ms
     least = MIN_ROUNDS * sum(timer(each) for each in passes) / 1e3
     if least > seconds + PATIENCE_SECONDS:
-        print(
-            f"{MIN_ROUNDS} rounds of this shape take about {least:.0f} s, longer than --minutes",
-            file=sys.stderr,
+        complain(
+            f"{MIN_ROUNDS} rounds of this shape take about {least:.0f} s, longer than --minutes"
         )
     stop = time.monotonic() + seconds
     times: list[list[float]] = [[] for _ in passes]

@@ -96,7 +96,8 @@ def verdict(token_ratio: float, attention_ratio: float, layer_ratio: float | Non
         return "Not worth it: no token is shared."
     if layer_ratio is not None:
         low = high = layer_ratio
-        what = f"a layer's FLOPs fall {layer_ratio:.2f}x"
+    if f"{low:.2f}" == f"{high:.2f}":
+        what = f"a layer's FLOPs fall {high:.2f}x"
     else:
         what = f"a layer's FLOPs fall between {low:.2f}x and {high:.2f}x"
     if high < WORTH_RATIO:

@@ -19,6 +19,7 @@ from prefix_attn.cli.terminal import (
     UsageError,
     at_least,
     can_print,
+    counted,
     flops,
     pairs,
     paragraph,
@@ -34,10 +35,14 @@ PREFIXES = tuple(2**i for i in range(8, 17))
 SUFFIXES = tuple(2**i for i in range(5, 14))
 PICTURES = (".png", ".svg", ".pdf")
 SHADES, PLAIN_SHADES = " ░▒▓█", " .:+#"
+# FLOPs of one layer from which `bench` takes minutes on a CPU.
+LONG_ON_CPU = 2e12
 COUNTING = (
-    "FLOPs are not time: they say what is possible, not what a machine reaches. Measured figures "
-    "are in README.md (What it gains) and docs/pages/performance.md, and this machine's come from:"
+    "FLOPs are not time: they say what is possible, not what a machine reaches. Bytes are those of "
+    "attention's Q, K, V and O alone; other activations, gradients and weights come on top. "
+    "Measured figures are in README.md (What it gains) and docs/pages/performance.md"
 )
+HERE = ", and this machine's come from:"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     check_heads(options)
     if options.intermediate and not options.hidden:
         raise UsageError(f"--intermediate {options.intermediate} needs --hidden")
-    if options.plot and options.plot.suffix not in PICTURES:
+    if options.plot and options.plot.suffix.lower() not in PICTURES:
         raise UsageError(f"--plot must end in {', '.join(PICTURES)}, got {str(options.plot)!r}")
     group = group_of(options)
     heads, kv_heads, head_dim = options.heads, options.kv_heads, options.head_dim
@@ -157,7 +162,7 @@ def render(results: dict[str, Any]) -> str:
         row("attention, forward", "attention_forward_flops", flops),
         row("attention, forward + backward", "attention_training_flops", flops),
         row("Q, K, V and O of one layer", memory, size),
-        row(f"Q, K, V and O of {layers} layers", memory, size, layers),
+        row(f"Q, K, V and O of {counted(layers, 'layer')}", memory, size, layers),
     ]
     if shape["hidden"]:
         rows += [
@@ -166,9 +171,11 @@ def render(results: dict[str, Any]) -> str:
         ]
     copy = results["kv_copy_bytes_avoided_per_layer"]
     heading = (
-        f"{group.members} members of {group.suffix:,} tokens that continue a prefix of "
-        f"{group.prefix:,}; {shape['heads']} query heads, {shape['kv_heads']} KV heads, head "
-        f"dimension {shape['head_dim']}, {layers} layers, {shape['dtype']}"
+        f"{counted(group.members, 'member')} of {counted(group.suffix, 'token')} "
+        f"{'that continues' if group.members == 1 else 'that continue'} a prefix of "
+        f"{group.prefix:,}; {counted(shape['heads'], 'query head')}, "
+        f"{counted(shape['kv_heads'], 'KV head')}, head dimension {shape['head_dim']}, "
+        f"{counted(layers, 'layer')}, {shape['dtype']}"
     )
     if shape["hidden"]:
         heading += f", hidden size {shape['hidden']}, gated MLP of {shape['intermediate']}"
@@ -178,24 +185,35 @@ def render(results: dict[str, Any]) -> str:
         (
             "copies of K and V avoided",
             f"{results['kv_copies_avoided']} of the prefix in every layer: {size(copy)} each "
-            f"layer, {size(copy * layers)} in all",
+            f"layer, {size(copy * layers)} in all"
+            if copy
+            else f"none: there is {'one member' if group.prefix else 'no prefix'}",
         ),
     ]
-    command = (
-        f"bench --prefix {group.prefix} --suffix {group.suffix} --group {group.members} --heads "
-        f"{shape['heads']} --kv-heads {shape['kv_heads']} --head-dim {shape['head_dim']}"
-    )
     parts = [
         paragraph(heading),
         table(["", "repeated", "shared", "ratio"], rows),
         pairs(ideal),
         paragraph(results["verdict"]),
-        f"{paragraph(COUNTING)}\n  prefix-attn {command}",
+        _measuring(shape, results["attention_training_flops"]["repeated"] / layers),
         heat_map(group),
     ]
     if "plot" in results:
         parts.append(f"written: {results['plot']}")
     return "\n\n".join(parts)
+
+
+def _measuring(shape: dict[str, Any], layer_flops: float) -> str:
+    """What the figures are not, and the command that measures: it needs suffixes."""
+    if not shape["suffix"]:
+        return paragraph(f"{COUNTING}.")
+    names = ("prefix", "suffix", "group", "heads", "kv_heads", "head_dim")
+    given = " ".join(f"--{name.replace('_', '-')} {shape[name]}" for name in names)
+    text = f"{paragraph(COUNTING + HERE)}\n  prefix-attn bench {given}"
+    if layer_flops > LONG_ON_CPU:
+        text += "\nWithout a GPU that takes minutes or more; this takes one, at smaller shapes:"
+        text += "\n  prefix-attn bench --minutes 1"
+    return text
 
 
 def heat_map(group: Group) -> str:
@@ -207,8 +225,8 @@ def heat_map(group: Group) -> str:
     prefixes = _around(PREFIXES, group.prefix, len(PREFIXES) + 1)
     lines = [
         paragraph(
-            f"Ideal speed-up of attention for {group.members} members; P down, S across, darker "
-            "is closer to the most there can be, the number of members:"
+            f"Ideal speed-up of attention for {counted(group.members, 'member')}; P down, S "
+            "across, darker is closer to the most there can be, the number of members:"
         ),
         " " * left + "".join(f"{s:>{column - 2}}  " for s in suffixes).rstrip(),
     ]
@@ -273,7 +291,9 @@ def draw(group: Group, path: Path) -> None:
     axes.set_yticks(range(len(prefixes)), [str(p) for p in prefixes])
     axes.set_xlabel("suffix, tokens")
     axes.set_ylabel("prefix, tokens")
-    axes.set_title(f"Ideal speed-up of attention, {group.members} members (FLOPs, not time)")
+    axes.set_title(
+        f"Ideal speed-up of attention, {counted(group.members, 'member')} (FLOPs, not time)"
+    )
     bar = figure.colorbar(image, label="repeated FLOPs over shared FLOPs")
     ticks = [2**i for i in range(int(norm.vmax or 2).bit_length()) if 2**i <= (norm.vmax or 2)]
     bar.minorticks_off()
