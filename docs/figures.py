@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "prefix_attn",
 }
 BLOCK_M = BLOCK_N = 8
+# Much shorter than real chunks, so that a small picture shows some.
 MAX_CHUNK = 5
 # The layer whose bytes are computed: a prefix of 8,192, suffixes of 512, bfloat16.
 PREFIX, SUFFIX, HEADS, KV_HEADS, HEAD_DIM, ITEM_BYTES = 8192, 512, 32, 8, 128, 2
@@ -196,8 +197,9 @@ def draw_schedule(path: Path) -> None:
     )
     mask = layout.materialize().numpy()
     for panel, (title, cells) in zip(panels, sides, strict=True):
+        colours = colours_of_programs(cells)
         for cell in cells:
-            _draw_cell(panel, cell)
+            _draw_cell(panel, cell, colours[cell.program])
         rows, keys = np.nonzero(mask)
         panel.scatter(
             keys + 0.5, rows + 0.5, s=0.7, color=INK, linewidths=0, zorder=3, rasterized=True
@@ -215,26 +217,53 @@ def draw_schedule(path: Path) -> None:
     _number_programs(panels[1], sides[1][1], along_rows=False)
     figure.legend(
         handles=[
-            Patch(facecolor=BLUE, alpha=0.55, label="full: no mask"),
-            Patch(facecolor=ORANGE, alpha=0.55, label="masked: the rule is applied"),
-            Patch(facecolor=GREEN, alpha=0.55, label="full, in a chunk of a split key tile"),
-            Patch(facecolor=PINK, alpha=0.55, label="masked, in such a chunk"),
+            Patch(**_look(GREY, "full"), label="full colour: no mask"),
+            Patch(facecolor="none", edgecolor=INK, lw=1.2, label="program that owns a key tile"),
+            Patch(**_look(GREY, "masked"), label="pale: masked, the rule is applied"),
+            Patch(
+                facecolor="none", edgecolor=INK, lw=1.2, linestyle=(0, (3, 1.5)),
+                label=f"program that owns a chunk of one, {MAX_CHUNK} tiles at most",
+            ),
         ],
         loc="outside lower center", ncols=2, frameon=False,
     )  # fmt: skip
     _save(figure, path)
 
 
-def _draw_cell(panel: Any, cell: Cell) -> None:
-    colours = {
-        ("full", False): BLUE, ("masked", False): ORANGE,
-        ("full", True): GREEN, ("masked", True): PINK,
-    }  # fmt: skip
+def colours_of_programs(cells: list[Cell]) -> dict[int, str]:
+    """A colour for each program, another than those of the programs whose tiles touch its own."""
+    # Neighbours on the page are seldom neighbours in the work list, which is sorted by cost.
+    order = sorted(cells, key=lambda cell: (cell.keys, cell.rows))
+    colours: dict[int, str] = {}
+    for place, program in enumerate(dict.fromkeys(cell.program for cell in order)):
+        near = {
+            colours[other.program]
+            for own in cells
+            for other in cells
+            if own.program == program and other.program in colours and _touch(own, other)
+        }
+        turned = (MEMBERS[(place + i) % len(MEMBERS)] for i in range(len(MEMBERS)))
+        colours[program] = next(colour for colour in turned if colour not in near)
+    return colours
+
+
+def _touch(a: Cell, b: Cell) -> bool:
+    return (
+        max(a.rows[0], b.rows[0]) <= min(a.rows[1], b.rows[1])
+        and max(a.keys[0], b.keys[0]) <= min(a.keys[1], b.keys[1])
+    )  # fmt: skip
+
+
+def _draw_cell(panel: Any, cell: Cell, colour: str) -> None:
     corner = (cell.keys[0], cell.rows[0])
     size = (cell.keys[1] - cell.keys[0], cell.rows[1] - cell.rows[0])
-    colour = colours[cell.kind, cell.split]
-    panel.add_patch(Rectangle(corner, *size, facecolor=colour, alpha=0.55, edgecolor="none"))
+    panel.add_patch(Rectangle(corner, *size, **_look(colour, cell.kind)))
     panel.add_patch(Rectangle(corner, *size, facecolor="none", edgecolor=CARD, lw=1.2))
+
+
+def _look(colour: str, kind: str) -> dict[str, Any]:
+    """Masked tiles are pale."""
+    return {"facecolor": (colour, 0.7 if kind == "full" else 0.25), "edgecolor": "none"}
 
 
 def _number_programs(panel: Any, cells: list[Cell], *, along_rows: bool) -> None:
@@ -245,13 +274,13 @@ def _number_programs(panel: Any, cells: list[Cell], *, along_rows: bool) -> None
         top, bottom = min(c.rows[0] for c in own), max(c.rows[1] for c in own)
         label = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
         box = {"boxstyle": "round,pad=0.18", "facecolor": CARD, "edgecolor": "none", "alpha": 0.9}
-        if along_rows:
-            at = (max(c.keys[1] for c in own) + 1.9, (top + bottom) / 2)
-        else:
-            outline = (right - left, bottom - top)
-            panel.add_patch(
-                Rectangle((left, top), *outline, facecolor="none", edgecolor=INK, lw=1, zorder=4)
-            )
+        at = (left + BLOCK_N / 2, (top + bottom) / 2)
+        if not along_rows:
+            outline = Rectangle(
+                (left, top), right - left, bottom - top, facecolor="none", edgecolor=INK, zorder=4,
+                lw=1.2, linestyle=(0, (3, 1.5)) if own[0].split else "solid",
+            )  # fmt: skip
+            panel.add_patch(outline)
             at = ((left + right) / 2, (top + bottom) / 2)
         panel.text(*at, str(program), zorder=5, bbox=box, **label)
 
@@ -264,12 +293,16 @@ def draw_memory(path: Path) -> None:
         gib = [layer_bytes(int(g), shared=shared) / 2**30 for g in members]
         panels[0].plot(members, gib, "o-", color=colour, lw=2, ms=4.5, label=label)
         panels[0].annotate(
-            f"{gib[-1]:.1f} GiB", (members[-1], gib[-1]), xytext=(0, 7),
+            f"{gib[-1]:.1f} GiB", (members[-1], gib[-1]), xytext=(0, 8),
             textcoords="offset points", ha="right", fontsize=9,
         )  # fmt: skip
     panels[0].set_xscale("log", base=2)
     panels[0].set_xticks(members, [str(g) for g in members])
-    panels[0].set_ylim(0, 1.12 * layer_bytes(64, shared=False) / 2**30)
+    # Both axes double, so that what grows in proportion to G is a straight line.
+    panels[0].set_yscale("log", base=2)
+    ticks = [2.0**i for i in range(-3, 5)]
+    panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panels[0].set_ylim(ticks[0], ticks[-1])
     panels[0].set(xlabel="members G", ylabel="GiB of one layer")
     panels[0].set_title("computed: Q, K, V and O", loc="left", fontsize=11)
     panels[0].legend(loc="upper left", framealpha=1, edgecolor=CARD)

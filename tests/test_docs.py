@@ -121,6 +121,27 @@ def test_drawn_tiles_cover_the_mask_once(figures, kind):
     assert visits.max() == 1
 
 
+@pytest.mark.parametrize("kind", ["query", "key"])
+def test_neighbouring_programs_have_other_colours(figures, kind):
+    layout = PrefixLayout.from_lengths([37], [[22, 15, 27]])
+    cells = (
+        figures.query_cells(layout, 8, 8)
+        if kind == "query"
+        else figures.key_cells(layout, 8, 8, figures.MAX_CHUNK)
+    )
+    colours = figures.colours_of_programs(cells)
+    owners = np.full((layout.num_tokens, layout.num_tokens + 8), -1)
+    for cell in cells:
+        owners[cell.rows[0] : cell.rows[1], cell.keys[0] : cell.keys[1]] = cell.program
+    neighbours = set()
+    for a, b in ((owners[1:], owners[:-1]), (owners[:, 1:], owners[:, :-1])):
+        borders = (a != b) & (a >= 0) & (b >= 0)
+        neighbours |= set(zip(a[borders].tolist(), b[borders].tolist(), strict=True))
+    assert len(neighbours) >= 12
+    assert all(colours[a] != colours[b] for a, b in neighbours)
+    assert len(set(colours.values())) >= 4
+
+
 def test_every_picture_is_drawn_and_shown(figures, tmp_path):
     figures.main(["--folder", str(tmp_path)])
     drawn = {path.stem for path in tmp_path.iterdir()}
