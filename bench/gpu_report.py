@@ -81,11 +81,12 @@ def _is_ours(key: str) -> bool:
 
 
 def _latest(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last outcome of each unit under the facts of the last record."""
+    """The last outcome of each unit, of those that share the identity of the last record."""
     if not records:
         return {}
-    same = [r for r in records if r["facts"] == records[-1]["facts"] and r["status"] != "started"]
-    return {record["key"]: record for record in same}
+    facts = records[-1]["facts"]
+    same = [r for r in records if report.same_identity(r["facts"], facts)]
+    return {record["key"]: record for record in same if record["status"] != "started"}
 
 
 def _result(row: dict[str, Any]) -> Result:
@@ -107,6 +108,7 @@ def _result(row: dict[str, Any]) -> Result:
         errors=row["errors"],
         gate_case=Case(**row["gate_case"]),
         rounds=row["rounds"],
+        compared=row["compared"],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from bench import gpu_checks, providers
-from bench.cases import Case
+from bench.cases import DTYPES, Case
+from bench.gpu_checks import UnsupportedError
 from bench.measure import (
     Clock,
     Outcome,
     Quantiles,
     check,
     disagreement,
+    packed_tensors,
     pass_times,
     warm_up,
 )
@@ -30,14 +32,11 @@ DRY_SAMPLES = (1, 1)
 # What a unit is expected to take: what an unmeasured device reaches, what compiling takes.
 GUESSED_FLOPS = 2e14
 COMPILE_SECONDS = {"FlexAttention": 30.0, OURS: 10.0}
+CHECK_SECONDS, CHECK_COMPILE_SECONDS = 2.0, 10.0
 
 
 class WrongResultError(Exception):
     """A provider computes something else than float64 or than the baseline."""
-
-
-class UnsupportedError(Exception):
-    """A provider does not take a case; the reason is its own."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,19 @@ class Unit:
         key: kind, then what tells it from others of that kind.
         seconds: what it is expected to take.
         run: returns rows.
+        kernels: what it launches; units with the same share what they compile.
+        compile_seconds: what the first of them is expected to take on top.
     """
 
     key: str
     seconds: float
     run: Callable[[], list[dict[str, Any]]]
+    kernels: Hashable = None
+    compile_seconds: float = 0.0
+
+    def expected(self, compiled: Collection[Hashable]) -> float:
+        """Seconds after units with these kernels."""
+        return self.seconds + (0.0 if self.kernels in compiled else self.compile_seconds)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Session:
         baseline_case: the case that `baseline` is of.
         baseline: packed result of the first baseline.
         passed: what `gated` found, by provider, heads, head dimension and dtype.
+        deadline: when the run ends, as `time.time` counts.
     """
 
     device: torch.device
@@ -82,24 +90,88 @@ class Session:
     baseline_case: Case | None = None
     baseline: dict[str, torch.Tensor] = field(default_factory=dict)
     passed: dict[tuple[Any, ...], Gated] = field(default_factory=dict)
+    deadline: float = float("inf")
 
     def gated(self, case: Case, provider: Provider) -> Gated:
         """Compares a provider with float64, once per kind of case.
 
+        At the size of `case.shrunk()` against repeating, with the first baseline that runs as the
+        budget. What computes another function, or has no baseline, is compared with dense PyTorch,
+        at fewer members and heads.
+
         Raises:
-            WrongResultError: if its errors are beyond twice those of a baseline.
+            WrongResultError: if its errors are beyond twice those of the budget.
+            UnsupportedError: if somebody else's code fails.
         """
         kind = (provider.name, case.heads_q, case.heads_kv, case.head_dim, case.dtype)
         if kind not in self.passed:
-            outcome = Outcome()
-            others = [p for p in providers_for(self) if p.is_baseline and p.name != provider.name]
-            baseline = next((p for p in others if p.available(case, self.device) is None), None)
-            both = [provider] if baseline is None else [baseline, provider]
-            errors = check(case, self.device, both, outcome).get(provider.name)
-            if errors is None:
-                raise WrongResultError("; ".join(outcome.failures + outcome.skipped))
-            self.passed[kind] = Gated(case, errors)
+            self.passed[kind] = self._gated(case, provider)
         return self.passed[kind]
+
+    def _gated(self, case: Case, provider: Provider) -> Gated:
+        small = case.shrunk()
+        for baseline in [] if provider.changes else baselines(self, case, provider):
+            outcome = Outcome()
+            errors = check(small, self.device, [baseline, provider], outcome)
+            if provider.name in errors:
+                return Gated(small, errors[provider.name])
+            if any(reason.startswith(f"{provider.name} skipped") for reason in outcome.skipped):
+                raise UnsupportedError("; ".join(outcome.skipped))
+            if baseline.name in errors:
+                raise WrongResultError("; ".join(outcome.failures))
+        small = gpu_checks.narrow(case)
+        return Gated(small, gpu_checks.gate(small, provider, self.device))
+
+    def full_size(self, case: Case, provider: Provider) -> dict[str, torch.Tensor]:
+        """What a baseline other than the provider gives, computed where no unit has left it.
+
+        Nothing for the first baseline, for what computes another function, and where no baseline
+        fits into memory and into the time that is left.
+        """
+        if provider.changes:
+            return {}
+        if self.baseline_case != case:
+            self.baseline_case, self.baseline = case, {}
+        if not self.baseline and not provider.is_baseline:
+            for other in baselines(self, case, provider):
+                seconds = 3 * once_seconds(case, other)
+                if too_large(case, other, self.device) or time.time() + seconds > self.deadline:
+                    continue
+                try:
+                    found = run_baseline(case, other, self.device)
+                except (RuntimeError, NotImplementedError, AssertionError, TypeError):
+                    continue
+                if not disagreement(found, {}, case):
+                    self.baseline = found
+                    break
+        return self.baseline
+
+
+def baselines(session: Session, case: Case, provider: Provider) -> list[Provider]:
+    """Those that say that they take a case, but for the provider itself."""
+    return [
+        other
+        for other in providers_for(session)
+        if other.is_baseline
+        and other.name != provider.name
+        and other.available(case, session.device) is None
+    ]
+
+
+def run_baseline(case: Case, provider: Provider, device: torch.device) -> dict[str, torch.Tensor]:
+    """Packed output and gradients of a provider, in the dtype of the case."""
+    prepared = provider.prepare(Inputs.random(case, device, seed=0))
+    return packed_tensors(prepared, provider.forward_only(device) is None, DTYPES[case.dtype])
+
+
+def too_large(case: Case, provider: Provider, device: torch.device) -> str | None:
+    """Why a case does not fit on a device, or None."""
+    if device.type != "cuda":
+        return None
+    total, needed = torch.cuda.get_device_properties(device).total_memory, bytes_needed
+    if needed(case, provider) <= 0.85 * total:
+        return None
+    return f"would need {needed(case, provider) / 2**30:.0f} GiB of {total / 2**30:.0f}"
 
 
 def cases(dry: bool) -> list[Case]:
@@ -154,44 +226,44 @@ def bytes_needed(case: Case, provider: Provider) -> float:
     return 3.0 * rows * (2 * case.heads_q + 2 * case.heads_kv) * case.head_dim * size
 
 
-def expected_seconds(case: Case, provider: Provider, dry: bool) -> float:
-    """Of a unit that times a provider: compiling, two warm runs, samples."""
-    if dry:
-        return 0.0
-    useful = case.forward_flops + case.backward_flops
+def expected_seconds(case: Case, provider: Provider) -> float:
+    """Of a unit that times a provider: its check, two warm runs, samples."""
+    once = once_seconds(case, provider)
+    return 1.0 + once * 3 + max(SAMPLES[0] * once, 2 * SAMPLE_SECONDS)
+
+
+def once_seconds(case: Case, provider: Provider) -> float:
+    """Of a forward and a backward pass."""
+    flops = 3.5 * case.flops(provider.pairs(case))
     ratio = case.layout(torch.device("cpu")).flop_ratio if provider.is_baseline else 1.0
-    once = useful * ratio / GUESSED_FLOPS
-    return (
-        COMPILE_SECONDS.get(provider.name, 1.0)
-        + once * 3
-        + max(SAMPLES[0] * once, 2 * SAMPLE_SECONDS)
-    )
+    return flops * ratio / GUESSED_FLOPS
 
 
-def time_provider(
-    session: Session, case: Case, provider: Provider, gate: bool
-) -> list[dict[str, Any]]:
-    """Times one provider on one case; one row that `bench.report` can read."""
+def compile_seconds(provider: Provider) -> float:
+    """Of the first unit with a provider's kernels."""
+    return COMPILE_SECONDS.get(provider.name.partition(" ")[0], 0.0)
+
+
+def time_provider(session: Session, case: Case, provider: Provider) -> list[dict[str, Any]]:
+    """Checks and times one provider on one case; one row that `bench.report` can read."""
     device = session.device
-    reason = provider.available(case, device)
+    reason = provider.available(case, device) or too_large(case, provider, device)
     if reason:
         raise UnsupportedError(reason)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        if bytes_needed(case, provider) > 0.85 * total:
-            needed = bytes_needed(case, provider) / 2**30
-            raise UnsupportedError(f"would need {needed:.0f} GiB of {total / 2**30:.0f}")
-    shrunk = case.shrunk()
-    errors: dict[str, float] = {}
-    if gate:
-        gated = session.gated(shrunk, provider)
-        errors, shrunk = gated.errors, gated.case
+    gated = session.gated(case, provider)
+    baseline = session.full_size(case, provider)
     prepared = provider.prepare(Inputs.random(case, device, seed=0))
     backward = provider.forward_only(device) is None
     tensors: dict[str, torch.Tensor] = {}
     peak = prepared.input_bytes + warm_up(prepared, backward, device, tensors)
-    if gate:
-        _compare_with_baseline(session, case, provider, tensors)
+    # At full size, where float64 does not fit.
+    if wrong := disagreement(tensors, baseline, case):
+        raise WrongResultError(f"at full size: {wrong}")
+    if provider.is_baseline and not baseline:
+        dtype = DTYPES[case.dtype]
+        session.baseline_case = case
+        session.baseline = {name: x.to(dtype) for name, x in tensors.items()}
+    del tensors
     forwards, totals = sample(session, prepared, backward)
     times = pass_times(forwards, totals)
     return [
@@ -203,23 +275,12 @@ def time_provider(
             "pairs": provider.pairs(case),
             **{name: times[name] and asdict(times[name]) for name in times},
             "peak_bytes": peak,
-            "errors": errors,
-            "gate_case": asdict(shrunk),
+            "errors": gated.errors,
+            "gate_case": asdict(gated.case),
             "rounds": len(forwards),
+            "compared": bool(baseline),
         }
     ]
-
-
-def _compare_with_baseline(
-    session: Session, case: Case, provider: Provider, tensors: dict[str, torch.Tensor]
-) -> None:
-    """At full size, where float64 does not fit, providers must agree with the first baseline."""
-    if session.baseline_case != case:
-        session.baseline_case, session.baseline = case, {}
-    if wrong := disagreement(tensors, session.baseline, case):
-        raise WrongResultError(f"at full size: {wrong}")
-    if provider.is_baseline and not session.baseline:
-        session.baseline = tensors
 
 
 def sample(session: Session, prepared: Prepared, backward: bool) -> tuple[list[float], list[float]]:
@@ -266,19 +327,23 @@ def units(session: Session) -> list[Unit]:
         first, rest = gpu_checks.tried()
     table = cases(session.dry)
     compared = providers_for(session)
-    long = 0.0 if session.dry else 12.0
+    modes = list(providers.modes(4) if session.dry else MODES)
+    usual, longer = (0.0, 0.0) if session.dry else (CHECK_SECONDS, CHECK_COMPILE_SECONDS)
 
     def checking(group: list[gpu_checks.Check]) -> Iterator[Unit]:
         for one in group:
             run = partial(gpu_checks.run, one, shapes, session.device)
-            yield Unit(f"check/{one.label}", long, run)
+            yield Unit(f"check/{one.label}", usual, run, ("check", *one.kind), longer)
 
-    def timing(group: list[Case], ways: list[Provider], gate: bool = True) -> Iterator[Unit]:
+    def timing(group: list[Case], ways: list[Provider]) -> Iterator[Unit]:
         for case in group:
             for way in ways:
-                run = partial(time_provider, session, case, way, gate)
-                seconds = expected_seconds(case, way, session.dry)
-                yield Unit(f"time/{case.label}/{way.name}", seconds, run)
+                run = partial(time_provider, session, case, way)
+                kernels = (way.name, case.heads_q // case.heads_kv, case.head_dim, case.dtype)
+                key, seconds = f"time/{case.label}/{way.name}", 0.0
+                if not session.dry:
+                    seconds = expected_seconds(case, way)
+                yield Unit(key, seconds, run, kernels, 0.0 if session.dry else compile_seconds(way))
 
     def ceilings(suffix: str) -> Iterator[Unit]:
         for what in ("copy", "bfloat16 matrix product"):
@@ -288,12 +353,11 @@ def units(session: Session) -> list[Unit]:
     return [
         *ceilings(""),
         *checking(first),
-        *timing(table[:4], compared),
-        *checking(rest[:4]),
-        *timing(table[4:7], compared),
-        *checking(rest[4:]),
+        *timing(table[:1], [*compared, *modes[:2]]),
+        *timing(table[1:7], compared),
         Unit("check/float64", 0.0, refused),
-        *timing(table[:1], list(MODES[:1] if session.dry else MODES), gate=False),
+        *timing(table[:1], modes[2:]),
+        *checking(rest),
         *timing(table[7:], compared),
         *ceilings(", at the end"),
     ]

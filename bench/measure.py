@@ -71,6 +71,7 @@ class Result:
         errors: largest absolute error of out, dq, dk, dv against float64 at `gate_case`.
         gate_case: where the errors were measured.
         rounds: samples of each time.
+        compared: whether it was held against a baseline at full size, too.
     """
 
     case: Case
@@ -85,6 +86,7 @@ class Result:
     errors: dict[str, float]
     gate_case: Case
     rounds: int
+    compared: bool
 
 
 @dataclass
@@ -126,14 +128,16 @@ def reference(inputs: Inputs) -> dict[str, Tensor]:
     return {"out": out, **{name: grad for name, grad in grads.items() if grad is not None}}
 
 
-def packed_tensors(prepared: Prepared, backward: bool) -> dict[str, Tensor]:
-    """Output and gradients of a provider on the packed axis, in float64."""
+def packed_tensors(
+    prepared: Prepared, backward: bool, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Output and gradients of a provider on the packed axis."""
     out = prepared.forward()
     tensors = {"out": prepared.pack_out(out.detach())}
     if backward:
         grads = torch.autograd.grad(out, prepared.leaves, prepared.dout)
         tensors |= dict(zip(TENSORS[1:], map(prepared.pack_grad, grads), strict=True))
-    return {name: x.double() for name, x in tensors.items()}
+    return {name: x.to(dtype) for name, x in tensors.items()}
 
 
 def check(
@@ -180,7 +184,7 @@ def _reporting(provider: Provider, outcome: Outcome) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
-        if provider.name == OURS:
+        if provider.name.startswith(OURS):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         outcome.skipped.append(f"{provider.name} skipped: {reason}")
@@ -290,6 +294,7 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
     prepared: dict[str, list[Prepared]] = {}
     peaks: dict[str, int] = {}
     agreed: dict[str, Tensor] = {}
+    compared = set()
     for provider in providers:
         tick(f"warm-up {provider.name}")
         with _reporting(provider, outcome):
@@ -303,6 +308,8 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
                 outcome.failures.append(f"{case.label}: {provider.name} at full size: {wrong}")
             else:
                 prepared[provider.name] = bound
+                if agreed:
+                    compared.add(provider.name)
                 if provider.is_baseline:
                     agreed = agreed or tensors
     providers = [p for p in providers if p.name in prepared]
@@ -321,6 +328,7 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
                 errors=errors[provider.name],
                 gate_case=gate,
                 rounds=len(forwards),
+                compared=provider.name in compared,
             )
         )
     return outcome
@@ -352,15 +360,20 @@ def warm_up(
 
 
 def disagreement(tensors: dict[str, Tensor], agreed: dict[str, Tensor], case: Case) -> str:
-    """Which tensors differ from the baseline by more than rounding, or nothing."""
+    """Which tensors are not finite or differ from the baseline by more than rounding, or nothing.
+
+    Without a baseline, the first is all that is seen.
+    """
     limit = min(0.05, AGREEMENT_EPS * torch.finfo(DTYPES[case.dtype]).eps)
     wrong = []
     for name, x in tensors.items():
-        if name in agreed:
+        if not torch.isfinite(x).all():
+            wrong.append(f"{name} is not finite")
+        elif name in agreed:
             expected = agreed[name].float()
             distance = ((x.float() - expected).norm() / expected.norm()).item()
             if not distance <= limit:
-                wrong.append(f"{name} differs from repeated SDPA by {distance:.1e} > {limit:.1e}")
+                wrong.append(f"{name} differs from the baseline by {distance:.1e} > {limit:.1e}")
     return ", ".join(wrong)
 
 

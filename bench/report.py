@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from bench.cases import Case
 from bench.measure import TENSORS, Quantiles, Result
 from bench.providers import FLASH_PACKAGES, OURS, PROVIDERS
 
+ROOT = Path(__file__).resolve().parents[1]
+# What a measurement is of.
+MEASURED = ("kernels", "prefix_attn")
+# Facts that rows share when they belong together: those of a run that goes on, those of a table.
+IDENTITY = ("device", "driver", "torch", "triton", "commit")
 HEADER = (
     "case", "provider", "fwd ms", "p20-p80", "fwd+bwd ms", "p20-p80", "speed-up", "ideal",
     "share", "peak MiB",
@@ -131,14 +137,34 @@ def _version(package: str) -> str:
         return ""
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    root = Path(__file__).resolve().parent
+def _commit(root: Path = ROOT) -> str:
+    """The commit, with a hash of what is measured where that is not all of it."""
+    found = _git(root, "describe", "--always", "--dirty", "--abbrev=12")
+    # A copy inside of another repository has no commit of its own.
+    if not found or _git(root, "rev-parse", "--show-prefix"):
+        return f"content-{_content(root)}"
+    return f"{found}-{_content(root)}" if found.endswith("-dirty") else found
+
+
+def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+        )
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
+    return done.stdout.strip()
+
+
+def _content(root: Path) -> str:
+    """A short hash of the names and the text of all sources that are measured."""
+    digest = hashlib.sha256()
+    for folder in MEASURED:
+        for path in sorted((root / folder).rglob("*.py")):
+            text = path.read_bytes()
+            digest.update(f"{path.relative_to(root)} {len(text)}\n".encode())
+            digest.update(text)
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:
@@ -177,6 +203,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def same_identity(facts: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether measurements under these facts belong together."""
+    return all(facts.get(name) == others.get(name) for name in IDENTITY)
+
+
 def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     """Writes one line per case and provider, times in milliseconds, bytes in MiB."""
     records = []
@@ -204,6 +235,7 @@ def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
             "total_p20_ms": total and total.p20,
             "total_p80_ms": total and total.p80,
             "rounds": result.rounds,
+            "compared": result.compared,
             "fwd_tflops": flops / result.forward.median * 1e-9,
             "bwd_tflops": backward and 2.5 * flops / backward.median * 1e-9,
             "total_tflops": total and 3.5 * flops / total.median * 1e-9,

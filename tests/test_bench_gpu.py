@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import gpu, gpu_report, gpu_tune, gpu_units
+from bench import gpu, gpu_checks, gpu_report, gpu_tune, gpu_units, providers, report
+from bench.cases import Case
 from bench.gpu import RECORDS, Records, read
-from bench.gpu_units import Unit, UnsupportedError, WrongResultError
+from bench.gpu_checks import UnsupportedError
+from bench.gpu_units import Session, Unit, WrongResultError
+from bench.measure import Clock
+from bench.providers import MODES, PROVIDERS, Provider
 
 ROOT = Path(__file__).parents[1]
 # Stand-ins for packages that only GPUs have: repeated attention as their users call it.
@@ -94,7 +99,9 @@ SCRIPT = """
 import os, sys
 import torch
 from bench import gpu
-from bench.gpu_units import Unit, WrongResultError
+from bench.gpu_units import Session, Unit, WrongResultError
+from bench.measure import Clock
+from bench.providers import MODES, PROVIDERS, Provider
 
 def fail(error):
     raise error
@@ -205,3 +212,170 @@ def test_candidates_begin_with_the_present_configuration_and_differ():
 def test_report_without_records_says_so(tmp_path, capsys):
     assert gpu_report.write(tmp_path, []) == 1
     assert "no records" in capsys.readouterr().out
+
+
+CPU = torch.device("cpu")
+CASE = Case(9, 5, 3, 4, 2, 16, dtype="float32")
+# Where dense PyTorch is the budget, as on a GPU.
+HALF = replace(CASE, dtype="bfloat16")
+OURS = next(p for p in PROVIDERS if p.name == "prefix_attn")
+SDPA = next(p for p in PROVIDERS if p.name == "repeated SDPA")
+
+
+def session(**more):
+    return Session(CPU, dry=False, clock=Clock(CPU), **more)
+
+
+def failing(name, error):
+    """A baseline that says that it takes a case and then does not."""
+
+    def prepare(inputs):
+        raise error
+
+    return Provider(name, lambda *_: None, prepare, is_baseline=True)
+
+
+def changed(provider, name, change):
+    """The same provider with another output."""
+
+    def prepare(inputs):
+        prepared = provider.prepare(inputs)
+        return replace(prepared, forward=lambda: change(prepared.forward()))
+
+    return replace(provider, name=name, prepare=prepare)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], *MODES[2:]], ids=lambda mode: mode.name)
+def test_modes_are_held_against_float64(mode):
+    mode = next(m for m in providers.modes(4) if m.name.split()[1] == mode.name.split()[1])
+    (row,) = gpu_units.time_provider(session(), HALF, mode)
+    assert set(row["errors"]) == {"out", "dq", "dk", "dv"}
+    assert row["compared"] == row["same"] == (not mode.changes)
+    assert row["gate_case"]["prefix"] == CASE.prefix
+    wrong = changed(mode, f"{mode.name} wrong", lambda out: out * 1.1)
+    with pytest.raises((WrongResultError, AssertionError), match="error"):
+        gpu_units.time_provider(session(), HALF, wrong)
+
+
+def test_mode_that_does_another_thing_than_it_says_is_wrong():
+    window = next(m for m in providers.modes(4) if "window" in m.name)
+    with pytest.raises(AssertionError, match="out: error"):
+        gpu_units.time_provider(session(), HALF, replace(window, prepare=OURS.prepare))
+
+
+def test_gate_keeps_the_window_and_stays_small():
+    for case in gpu_units.cases(dry=False):
+        small = gpu_checks.narrow(case)
+        assert small.tokens <= gpu_checks.GATE_TOKENS
+        assert small.heads_q // small.heads_kv == case.heads_q // case.heads_kv
+    first = gpu_checks.narrow(gpu_units.cases(dry=False)[0])
+    assert first.sequence > MODES[2].changes["window_size"]
+
+
+def test_next_baseline_is_the_budget_where_the_first_does_not_run(monkeypatch):
+    broken = failing("repeated SDPA cuDNN", RuntimeError("No available kernel"))
+    monkeypatch.setattr(gpu_units, "PROVIDERS", [broken, SDPA, OURS])
+    run = session()
+    (row,) = gpu_units.time_provider(run, HALF, OURS)
+    assert row["errors"]
+    assert row["compared"]
+    with pytest.raises(UnsupportedError, match="No available kernel"):
+        gpu_units.time_provider(run, HALF, broken)
+    monkeypatch.setattr(gpu_units, "PROVIDERS", [broken, OURS])
+    (row,) = gpu_units.time_provider(session(), HALF, OURS)
+    assert row["errors"]
+    assert not row["compared"]
+
+
+def test_baseline_is_computed_where_no_unit_left_it():
+    run = session()
+    (row,) = gpu_units.time_provider(run, CASE, OURS)
+    assert row["compared"]
+    wrong = changed(OURS, "other", lambda out: out * 1.01)
+    run.passed["other", 4, 2, 16, "float32"] = gpu_units.Gated(CASE, {})
+    with pytest.raises(WrongResultError, match="at full size: out differs"):
+        gpu_units.time_provider(run, CASE, wrong)
+
+
+def test_missing_baseline_is_recorded_and_nan_is_wrong():
+    late = session(deadline=0.0)
+    (row,) = gpu_units.time_provider(late, CASE, OURS)
+    assert not row["compared"]
+    (row,) = gpu_units.time_provider(late, CASE, SDPA)
+    assert not row["compared"]
+    (row,) = gpu_units.time_provider(late, CASE, OURS)
+    assert row["compared"]
+    late = session(deadline=0.0)
+    late.passed["nan", 4, 2, 16, "float32"] = gpu_units.Gated(CASE, {})
+    wrong = changed(OURS, "nan", lambda out: out * float("nan"))
+    with pytest.raises(WrongResultError, match="out is not finite"):
+        gpu_units.time_provider(late, CASE, wrong)
+
+
+def test_gluon_checks_are_unsupported_where_it_says_why_not():
+    every = [check for group in gpu_checks.checks() for check in group]
+    assert len({check.label for check in every}) == len(every)
+    gluon = [check for check in every if check.gluon]
+    assert {(c.head_dim, c.layout) for c in gluon if c.dtype == "bfloat16"} >= {
+        (d, layout) for d in (64, 128) for layout in ("groups", "tree", "split")
+    }
+    with pytest.raises(UnsupportedError, match=r"9\.0|Gluon"):
+        gpu_checks.run(gluon[0], gpu_checks.TINY, CPU)
+
+
+def test_core_and_the_modes_that_pay_come_within_the_time():
+    planned = gpu_units.units(Session(torch.device("cuda"), dry=False, clock=None))
+    keys = [unit.key for unit in planned]
+    assert len(set(keys)) == len(keys)
+    core = gpu_units.cases(dry=False)[:7]
+    last = max(i for i, key in enumerate(keys) if key.startswith(f"time/{core[-1].label}/"))
+    modes = [keys.index(f"time/{core[0].label}/{mode.name}") for mode in MODES]
+    second = keys.index(f"time/{core[1].label}/{PROVIDERS[0].name}")
+    assert max(modes[:2]) < second
+
+    def minutes(end):
+        compiled = set()
+        total = 0.0
+        for unit in planned[:end]:
+            total += unit.expected(compiled)
+            compiled.add(unit.kernels)
+        return total / 60
+
+    assert minutes(max(last, *modes) + 1) < gpu.parse([]).minutes
+    assert minutes(len(keys)) > minutes(last + 1) > 1
+
+
+def test_table_holds_what_a_run_that_goes_on_skips(tmp_path):
+    Records(tmp_path, FACTS | {"python": "3.11"}, "one").append("ceiling/x", "done", rows=[])
+    Records(tmp_path, FACTS | {"commit": "b"}, "one").append("ceiling/y", "done", rows=[])
+    later = Records(tmp_path, FACTS | {"python": "3.12"}, "two")
+    later.append("ceiling/z", "done", rows=[])
+    assert later.finished() == set(gpu_report._latest(read(later.path)))
+    assert later.finished() == {"ceiling/x", "ceiling/z"}
+
+
+def test_commit_names_what_was_edited(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    for folder in report.MEASURED:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("a\n")
+    copy = report._commit(tmp_path)
+    assert copy.startswith("content-")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = report._commit(tmp_path)
+    assert len(clean) == 12
+    found = {copy, clean}
+    for text in ("b\n", "c\n"):
+        (tmp_path / "kernels" / "a.py").write_text(text)
+        commit = report._commit(tmp_path)
+        assert commit.startswith(f"{clean}-dirty-")
+        found.add(commit)
+    assert len(found) == 4
+    inner = tmp_path / "copy"
+    inner.mkdir()
+    assert report._commit(inner).startswith("content-")

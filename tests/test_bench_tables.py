@@ -65,7 +65,7 @@ def _results(case):
         Result(
             case=case, provider=p.name, is_baseline=p.is_baseline, same=not p.changes,
             pairs=p.pairs(case), forward=second, backward=second, total=second, peak_bytes=0,
-            errors={}, gate_case=case, rounds=3,
+            errors={}, gate_case=case, rounds=3, compared=True,
         )
         for p in (*PROVIDERS, *MODES)
     ]  # fmt: skip
