@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bench import report
 from bench.cases import DTYPES, Case, default_dtype, table
@@ -50,6 +51,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+class Lines:
+    """What `tqdm` does, in lines, where that is not installed."""
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def set_description(self, text: str) -> None:
+        """Says what is done now."""
+        print(text, file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        """Prints a line of the results."""
+        print(text, flush=True)
+
+    def update(self) -> None:
+        """A case is done: the next description says so."""
+
+
+def progress(cases: int) -> Any:
+    """A bar over the cases, or lines."""
+    if importlib.util.find_spec("tqdm") is None:
+        return Lines()
+    from tqdm import tqdm
+
+    return tqdm(total=cases, unit="case", file=sys.stderr)
+
+
 def main() -> int:
     """Runs the cases and writes table, CSV and picture; 1 if a provider was wrong."""
     options = parse()
@@ -57,7 +88,7 @@ def main() -> int:
     facts = report.environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
     total = Outcome()
-    with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
+    with progress(len(cases)) as bar:
         for case in cases:
 
             def tick(word: str, label: str = case.label) -> None:
@@ -66,10 +97,10 @@ def main() -> int:
             outcome = run_case(case, device, options.rounds, tick)
             for reason in outcome.skipped:
                 if reason not in total.skipped:  # most hold for every case
-                    bar.write(f"{case.label}: {reason}", file=sys.stdout)
+                    bar.write(f"{case.label}: {reason}")
                     total.skipped.append(reason)
             for note in outcome.notes:
-                bar.write(f"{case.label}: {note}", file=sys.stdout)
+                bar.write(f"{case.label}: {note}")
             total.results += outcome.results
             total.failures += outcome.failures
             bar.update()
@@ -77,13 +108,18 @@ def main() -> int:
         rows = report.compare(total.results)
         options.out.mkdir(parents=True, exist_ok=True)
         report.write_csv(rows, facts, options.out / "bench.csv")
-        report.draw(rows, facts, options.out / "bench.png")
+        written = [options.out / "bench.csv"]
+        if importlib.util.find_spec("matplotlib") is not None:
+            report.draw(rows, facts, options.out / "bench.png")
+            written.append(options.out / "bench.png")
         print(f"\n{report.table(rows)}\n")
         print(
             "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "
             "share is the speed-up over the ideal.\nPeak memory holds inputs, output, gradients "
-            f"and workspace. Written: {options.out / 'bench.csv'}, {options.out / 'bench.png'}"
+            f"and workspace. Written: {', '.join(map(str, written))}"
         )
+        if len(written) == 1:
+            print("matplotlib is not installed, so there is no picture.")
     for failure in total.failures:
         print(f"WRONG, not timed: {failure}", file=sys.stderr)
     return 1 if total.failures else 0

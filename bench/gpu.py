@@ -86,6 +86,9 @@ def work(options: argparse.Namespace) -> int:
     if options.dry_run:
         _prepare_dry_run()
     torch.manual_seed(0)
+    # FlexAttention compiles once for each kind of case; at its limit it would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     session = Session(device, options.dry_run, Clock(device), deadline=options.deadline)
     records = Records(options.out, environment(device), options.session)
     todo = gpu_tune.units(session, options) if options.kernel else units(session)

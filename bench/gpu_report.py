@@ -69,7 +69,8 @@ def _keep_tiles(latest: list[dict[str, Any]], path: Path) -> list[str]:
     sweeps: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in latest:
         for row in record["rows"] if record["key"].startswith("tune/") else []:
-            sweeps.setdefault((row["kernel"], str(row["case"])), []).append(row)
+            if gpu_tune.is_kept(row):
+                sweeps.setdefault((row["kernel"], str(row["case"])), []).append(row)
     for rows in sweeps.values():
         gpu_tune.keep_best(path, rows)
     return [path.name] if sweeps else []

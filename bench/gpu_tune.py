@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
 from prefix_attn import triton_backend, tuning
 from prefix_attn.kernels.config import Config, Tile, select_config
 
+FUSED = "fused backward"  # what a backward sweep tunes where the order of sums is free
 CASE = "8192,512,16,32,8,128"
 DRY_CASE = "6,4,2,2,1,16"
 # Expected seconds to compile and time one candidate.
@@ -31,8 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", choices=("forward", "backward"), help="sweep its tiles instead")
     parser.add_argument("--case", metavar="P,S,G,Hq,Hkv,D", help=f"of the sweep ({CASE})")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the sweep (bfloat16)")
-    names = [mode.name.removeprefix(f"{OURS} ") for mode in MODES]
-    parser.add_argument("--mode", choices=names, help="of the sweep (none)")
+    parser.add_argument("--mode", choices=list(_modes()), help="of the sweep (none)")
+
+
+def _modes() -> dict[str, Provider]:
+    """The modes that a sweep can time: Gluon's forward has one tile."""
+    names = ((mode.name.removeprefix(f"{OURS} "), mode) for mode in MODES)
+    return {name: mode for name, mode in names if name != "gluon"}
 
 
 def check_arguments(options: argparse.Namespace) -> None:
@@ -46,17 +52,37 @@ def check_arguments(options: argparse.Namespace) -> None:
     text = options.case or (DRY_CASE if options.dry_run else CASE)
     dtype = options.dtype or ("float32" if options.dry_run else "bfloat16")
     options.tuned_case = Case.from_text(text, dtype)
+    fused = options.kernel == "backward" and options.mode == "deterministic=False"
+    options.tuned = FUSED if fused else options.kernel
 
 
-def candidates(kernel: str, present: Config, dry: bool) -> list[Config]:
-    """The present configuration, then others, nearest first."""
+def candidates(
+    tuned: str, present: Config, *, dry: bool = False, descriptors: bool = False
+) -> list[Config]:
+    """The present configuration, then others, nearest first.
+
+    Args:
+        tuned: a key of `tuning.TUNED`.
+        present: what the package launches.
+        dry: one other is enough.
+        descriptors: whether the forward kernel may load by TMA.
+    """
     found = []
     if dry:
         small = Tile(16, 16)
         found = [replace(present, forward=small, keys=small, queries=small)]
-    elif kernel == "forward":
-        for m, n, stages, warps in product((64, 128), (32, 64, 128), (2, 3, 4, 5), (4, 8)):
-            found.append(replace(present, forward=Tile(m, n, stages), forward_warps=warps))
+        if present.fused is not None:
+            found = [replace(x, fused=small) for x in found]
+    elif tuned == "forward":
+        loads = (False, True) if descriptors else (present.forward_descriptors,)
+        sizes = product((64, 128), (32, 64, 128), (2, 3, 4, 5), (4, 8), loads)
+        for m, n, stages, warps, by_descriptor in sizes:
+            config = replace(present, forward=Tile(m, n, stages), forward_warps=warps)
+            found.append(replace(config, forward_descriptors=by_descriptor))
+    elif tuned == FUSED:
+        # The warps are those of the other backward, whose sweep decides about them.
+        for m, n, stages in product((32, 64), (64, 128), (2, 3)):
+            found.append(replace(present, fused=Tile(m, n, stages)))
     else:
         keys = [Tile(m, n, s) for m, n in ((32, 128), (64, 64), (64, 128)) for s in (2, 3)]
         shapes = ((64, 32), (64, 64), (128, 32), (128, 64))
@@ -64,30 +90,26 @@ def candidates(kernel: str, present: Config, dry: bool) -> list[Config]:
         for key, query, warps in product(keys, queries, (4, 8)):
             found.append(replace(present, keys=key, queries=query, backward_warps=warps))
 
+    def numbers(config: Config) -> list[object]:
+        values = [getattr(config, name) for name in tuning.TUNED[tuned]]
+        tiles = [astuple(x) if isinstance(x, Tile) else (x,) for x in values]
+        return [number for tile in tiles for number in tile]
+
     def changes(config: Config) -> int:
-        pairs = [
-            (getattr(config.forward, name), getattr(present.forward, name))
-            for name in ("block_m", "block_n", "num_stages")
-        ]
-        for tile in ("keys", "queries"):
-            pairs += [
-                (getattr(getattr(config, tile), name), getattr(getattr(present, tile), name))
-                for name in ("block_m", "block_n", "num_stages")
-            ]
-        pairs.append((config.forward_warps, present.forward_warps))
-        pairs.append((config.backward_warps, present.backward_warps))
-        return sum(a != b for a, b in pairs)
+        return sum(a != b for a, b in zip(numbers(config), numbers(present), strict=True))
 
     others = sorted((x for x in found if x != present), key=changes)
     return [present, *others]
 
 
-def label(kernel: str, config: Config) -> str:
+def label(tuned: str, config: Config) -> str:
     """Tiles, stages and warps."""
-    tiles = [config.forward] if kernel == "forward" else [config.keys, config.queries]
-    warps = config.forward_warps if kernel == "forward" else config.backward_warps
+    values = [getattr(config, name) for name in tuning.TUNED[tuned]]
+    tiles = [x for x in values if isinstance(x, Tile)]
+    warps = config.forward_warps if tuned == "forward" else config.backward_warps
     text = " + ".join(f"{x.block_m}x{x.block_n} s{x.num_stages}" for x in tiles)
-    return f"{text} w{warps}"
+    tma = " TMA" if tuned == "forward" and config.forward_descriptors else ""
+    return f"{text} w{warps}{tma}"
 
 
 def units(session: Session, options: argparse.Namespace) -> list[Unit]:
@@ -103,15 +125,18 @@ def units(session: Session, options: argparse.Namespace) -> list[Unit]:
         )
     else:
         present = select_config(90, case.head_dim, DTYPES[case.dtype], 132)
-    by_name = {mode.name.removeprefix(f"{OURS} "): mode for mode in MODES}
     ours = next(p for p in PROVIDERS if p.name == OURS)
-    provider = by_name[options.mode] if options.mode else ours
+    provider = _modes()[options.mode] if options.mode else ours
+    tuned: str = options.tuned
+    if tuned == FUSED and present.fused is None:
+        raise SystemExit(f"{case.label}: deterministic=False has no tile of its own to sweep here")
+    descriptors = _capability(session.device) == 90 and case.head_dim in (64, 128)
     seconds = 0.0 if session.dry else CANDIDATE_SECONDS
     prefix = f"tune/{options.kernel}/{case.label} {case.dtype} {options.mode or 'plain'}"
     found = []
-    for config in candidates(options.kernel, present, session.dry):
-        run = partial(time_candidate, session, options.kernel, case, provider, config, present)
-        found.append(Unit(f"{prefix}/{label(options.kernel, config)}", seconds, run))
+    for config in candidates(tuned, present, dry=session.dry, descriptors=descriptors):
+        run = partial(time_candidate, session, tuned, case, provider, config, present)
+        found.append(Unit(f"{prefix}/{label(tuned, config)}", seconds, run))
     return found
 
 
@@ -131,11 +156,18 @@ def keep_best(path: Path, rows: list[dict[str, Any]]) -> None:
         rows: those of `time_candidate`, of one kernel and one case, with `compute_capability`.
     """
     best = min(rows, key=lambda row: row["ms"])
-    values = dict(best["tiles"])
-    tiles = {name: Tile(**values.pop(name)) for name in ("forward", "keys", "queries")}
+    values = {
+        name: Tile(**value) if isinstance(value, dict) else value
+        for name, value in best["tiles"].items()
+    }
     case = best["case"]
     key = tuning.key_of(best["capability"], case["dtype"], case["head_dim"], case["head_dim"])
-    tuning.store(path, key, best["kernel"], Config(**tiles, **values))
+    tuning.store(path, key, best["kernel"], Config(**values))
+
+
+def is_kept(row: dict[str, Any]) -> bool:
+    """Whether a row says which tile is best: a mode that computes less is faster with any."""
+    return row["mode"] == OURS or row["kernel"] == FUSED
 
 
 @contextmanager
@@ -151,7 +183,7 @@ def using(config: Config) -> Iterator[None]:
 
 def time_candidate(
     session: Session,
-    kernel: str,
+    tuned: str,
     case: Case,
     provider: Provider,
     config: Config,
@@ -164,23 +196,25 @@ def time_candidate(
     """
     prepared = provider.prepare(Inputs.random(case, session.device, seed=0))
     if session.baseline_case != case:
-        session.baseline_case, session.baseline = case, {}
+        baseline: dict[str, torch.Tensor] = {}
         with using(present):
-            warm_up(prepared, True, session.device, session.baseline)
+            warm_up(prepared, True, session.device, baseline)
+        session.baseline_case, session.baseline = case, baseline
     tensors: dict[str, torch.Tensor] = {}
     with using(config):
         warm_up(prepared, True, session.device, tensors)
         if wrong := disagreement(tensors, session.baseline, case):
             raise WrongResultError(f"against the present configuration: {wrong}")
         times = pass_times(*sample(session, prepared, True))
+    kernel = "forward" if tuned == "forward" else "backward"
     own = times[kernel]
     flops = case.flops(provider.pairs(case)) * (1.0 if kernel == "forward" else 2.5)
     return [
         {
             "case": asdict(case),
-            "kernel": kernel,
+            "kernel": tuned,
             "mode": provider.name,
-            "config": label(kernel, config),
+            "config": label(tuned, config),
             "is_present": config == present,
             "tiles": asdict(config),
             "capability": _capability(session.device),

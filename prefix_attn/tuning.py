@@ -20,6 +20,7 @@ VARIABLE = "PREFIX_ATTN_TILES"
 TUNED = {
     "forward": ("forward", "forward_warps", "forward_descriptors"),
     "backward": ("keys", "queries", "backward_warps"),
+    "fused backward": ("fused",),
 }
 
 

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import gpu, gpu_checks, gpu_report, gpu_tune, gpu_units, providers, report
+from bench import gpu, gpu_checks, gpu_report, gpu_tune, gpu_units, measure, providers, report
 from bench.cases import Case
 from bench.gpu import RECORDS, Records, read
 from bench.gpu_checks import UnsupportedError
@@ -151,6 +153,7 @@ def test_without_a_gpu_it_says_so():
         (["--case", "1,1,1,1,1,16"], "give --kernel"),
         (["--kernel", "forward", "--case", "1,2"], "six integers"),
         (["--kernel", "sideways"], "invalid choice"),
+        (["--kernel", "forward", "--mode", "gluon"], "invalid choice"),
         (["--out", str(Path(__file__))], "is a file"),
     ],
 )
@@ -201,12 +204,161 @@ def test_most_telling_cases_come_first_and_all_are_there():
     }
 
 
-def test_candidates_begin_with_the_present_configuration_and_differ():
+@pytest.mark.parametrize("tuned", gpu_tune.tuning.TUNED)
+def test_candidates_begin_with_the_present_configuration_and_launch_something_else(tuned):
     present = gpu_tune.select_config(90, 128, torch.bfloat16, 132)
-    for kernel in ("forward", "backward"):
-        found = gpu_tune.candidates(kernel, present, dry=False)
-        assert found[0] == present
-        assert len(found) == len(set(found)) > 20
+    found = gpu_tune.candidates(tuned, present, descriptors=True)
+    assert found[0] == present
+    labels = {gpu_tune.label(tuned, config) for config in found}
+    assert len(found) == len(labels) >= 8
+    if tuned == "forward":
+        assert {config.forward_descriptors for config in found} == {True, False}
+    if tuned == gpu_tune.FUSED:  # what the backward launches where the order is free
+        launched = {config.keys_for(fused=True, bent_window=False) for config in found}
+        assert len(launched) == len(found)
+
+
+def _sweep_row(kernel, mode, block_m, ms):
+    present = gpu_tune.select_config(90, 128, torch.bfloat16, 132)
+    tile = gpu_tune.Tile(block_m, 128)
+    config = replace(present, keys=tile, fused=tile)
+    return {
+        "kernel": kernel,
+        "mode": mode,
+        "ms": ms,
+        "case": {"dtype": "bfloat16", "head_dim": 128},
+        "capability": 90,
+        "tiles": gpu_tune.asdict(config),
+    }
+
+
+def test_tiles_are_kept_from_modes_that_compute_the_same_only(tmp_path):
+    plain = _sweep_row("backward", "prefix_attn", 64, 2.0)
+    window = _sweep_row("backward", "prefix_attn window 1024", 16, 0.5)
+    fused = _sweep_row(gpu_tune.FUSED, "prefix_attn deterministic=False", 32, 1.0)
+    latest = [{"key": "tune/x", "rows": [row]} for row in (window, plain, fused)]
+    path = tmp_path / "tiles.json"
+    assert gpu_report._keep_tiles(latest, path) == ["tiles.json"]
+    (entry,) = json.loads(path.read_text()).values()
+    assert (entry["keys"]["block_m"], entry["fused"]["block_m"]) == (64, 32)
+
+
+def test_baseline_of_a_sweep_is_kept_only_if_the_present_configuration_ran(monkeypatch):
+    session = Session(torch.device("cpu"), dry=True, clock=Clock(torch.device("cpu")))
+    present = gpu_tune.select_config(90, 16, torch.float32, 132)
+    ours = next(p for p in PROVIDERS if p.name == "prefix_attn")
+
+    def fail(*arguments):
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(gpu_tune, "warm_up", fail)
+    case = Case.from_text(gpu_tune.DRY_CASE, "float32")
+    with pytest.raises(RuntimeError, match="out of resources"):
+        gpu_tune.time_candidate(session, "forward", case, ours, present, present)
+    assert session.baseline_case != case
+
+
+def test_unit_that_hangs_is_ended_and_the_rest_goes_on(tmp_path):
+    script = tmp_path / "script.py"
+    hanging = 'Unit("time/hangs", 0.0, lambda: __import__("time").sleep(600)),'
+    head, rest = SCRIPT.split('    Unit("time/dies"')
+    tail = rest.split("\n", 1)[1]
+    script.write_text(f"{head}    {hanging}\n{tail}".replace(
+        "gpu.units =", "gpu.UNIT_SECONDS = 15.0\ngpu.units ="
+    ))  # fmt: skip
+    folder = tmp_path / "out"
+    done = run(folder, script=(str(script),))
+    outcomes = {r["key"]: (r["status"], r["reason"]) for r in read(folder / RECORDS)}
+    assert outcomes["time/hangs"] == ("failed", "took more than 15 s"), done.stdout + done.stderr
+    assert outcomes["ceiling/fine"] == ("done", "")
+
+
+class FakeEvent:
+    """An event of a device whose clock advances by 2 ms at each record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.now += 2.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A CUDA device of which only events and memory counters are asked; tensors stay on the CPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, n=name, **__: calls.append(n))
+    return calls
+
+
+def test_clock_reads_events_on_a_gpu(fake_cuda):
+    clock = Clock(torch.device("cpu"))
+    clock.is_cuda, clock.flush = True, torch.ones(4)
+    inputs = providers.Inputs.random(Case.from_text("6,4,2,2,1,16", "float32"), "cpu", seed=0)
+    prepared = providers._prepare_repeated(inputs)
+    assert clock(prepared, backward=True) == pytest.approx((2e-3, 4e-3))
+    assert clock(prepared, backward=False) == (pytest.approx(2e-3), None)
+    assert clock.seconds(lambda: None) == pytest.approx(2e-3)
+    assert not clock.flush.any()
+    assert fake_cuda.count("synchronize") == 3
+
+
+def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):
+    device = torch.device("cuda")
+    assert gpu._device_answers(device)
+    assert fake_cuda == ["synchronize", "empty_cache"]
+
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert not gpu._device_answers(device)
+
+
+@pytest.mark.parametrize("group", [1, 2], ids=["all heads", "head groups"])
+def test_two_calls_match_repeating(group):
+    """Prefix Grouper's stand-in, with the mask that it has on a GPU."""
+    case = replace(Case.from_text("6,4,2,2,1,16", "float32"), heads_kv=2 // group)
+    inputs = providers.Inputs.random(case, torch.device("cpu"), seed=0)
+    on_gpu = SimpleNamespace(case=case, q=SimpleNamespace(is_cuda=True))
+    bias = providers._suffix_mask(on_gpu)
+    dense = providers._suffix_mask(inputs)
+    q, k = torch.randn(1, 2, case.suffix, 16), torch.randn(1, 2, case.sequence, 16)
+    torch.testing.assert_close(
+        F.scaled_dot_product_attention(q, k, k, attn_mask=bias),
+        F.scaled_dot_product_attention(q, k, k, attn_mask=dense),
+    )
+    two, repeated = providers._prepare_two_calls(inputs), providers._prepare_repeated(inputs)
+    actual, expected = (measure.packed_tensors(x, True) for x in (two, repeated))
+    for name, exact in expected.items():
+        torch.testing.assert_close(actual[name], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bench_starts_without_tqdm_and_matplotlib(tmp_path):
+    code = (
+        "import importlib.util as u, runpy, sys\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('tqdm', 'matplotlib') else find(n, *a)\n"
+        "sys.modules['tqdm'] = sys.modules['matplotlib'] = None\n"
+        "sys.argv = ['bench', '--case', '6,4,2,2,1,16', '--rounds', '3']\n"
+        f"sys.argv += ['--out', {str(tmp_path)!r}]\n"
+        "runpy.run_module('bench', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "matplotlib is not installed, so there is no picture" in done.stdout
+    assert "float64 check" in done.stderr
+    assert (tmp_path / "bench.csv").stat().st_size > 0
 
 
 def test_report_without_records_says_so(tmp_path, capsys):
