@@ -311,6 +311,30 @@ def test_clock_reads_events_on_a_gpu(fake_cuda):
     assert fake_cuda.count("synchronize") == 3
 
 
+def test_peak_memory_on_a_gpu_is_what_comes_on_top(fake_cuda, monkeypatch):
+    held = {"now": 100, "most": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["most"])
+
+    def run():
+        held["most"] = 170
+
+    assert measure.peak_memory(run, torch.device("cuda")) == 70
+    assert fake_cuda == ["synchronize", "reset_peak_memory_stats", "synchronize"]
+
+
+def test_case_that_does_not_fit_says_what_it_would_need(monkeypatch):
+    device = torch.device("cuda")
+    provider = next(p for p in PROVIDERS if p.name == "repeated SDPA flash")
+    case = Case.from_text("32768,2048,64,32,32,128", "bfloat16")
+    needed = gpu_units.bytes_needed(case, provider)
+    for total, fits in ((80 << 30, False), (4 * needed, True)):
+        properties = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, x=properties: x)
+        said = None if fits else f"would need {needed / 2**30:.0f} GiB of 80"
+        assert gpu_units.too_large(case, provider, device) == said
+
+
 def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):
     device = torch.device("cuda")
     assert gpu._device_answers(device)
