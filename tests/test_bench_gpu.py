@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,6 +334,66 @@ def test_case_that_does_not_fit_says_what_it_would_need(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, x=properties: x)
         said = None if fits else f"would need {needed / 2**30:.0f} GiB of 80"
         assert gpu_units.too_large(case, provider, device) == said
+
+
+@pytest.fixture
+def fake_hopper(monkeypatch):
+    """Its name, driver and properties."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Hopper")
+    return torch.device("cuda")
+
+
+def test_sweep_on_hopper_tries_loads_by_descriptor(fake_hopper):
+    session = Session(fake_hopper, dry=False, clock=Clock(torch.device("cpu")))
+    for arguments, words in (
+        (["--kernel", "forward"], {"TMA"}),
+        (["--kernel", "forward", "--case", "6,4,2,2,1,80"], set()),
+        (["--kernel", "backward", "--mode", "deterministic=False"], set()),
+    ):
+        units = gpu_tune.units(session, gpu.parse(arguments))
+        assert len({unit.key for unit in units}) == len(units) >= 8
+        assert {"TMA" for unit in units if unit.key.endswith("TMA")} == words
+    with pytest.raises(SystemExit, match="no tile of its own to sweep here"):
+        gpu_tune.units(session, gpu.parse([*arguments, "--case", "6,4,2,2,1,80"]))
+
+
+def test_facts_of_a_gpu_name_it_and_its_driver(fake_hopper, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 590.48\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    facts = report.environment.__wrapped__(fake_hopper)
+    assert (facts["device"], facts["driver"]) == ("Hopper", "590.48")
+    monkeypatch.setenv("PATH", "")
+    assert report._driver() == "unknown"
+
+
+def test_late_stream_is_another_one_that_waits_and_is_waited_for(monkeypatch):
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = str(name)
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(stream):
+        events.append(f"in {stream.name}")
+        yield
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("late"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("default"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(2, 2))
+    with gpu_checks._late_stream(torch.device("cuda")):
+        events.append("work")
+    assert events == ["late waits for default", "in late", "work", "default waits for late"]
 
 
 def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):
