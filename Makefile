@@ -39,7 +39,7 @@ $(HF_VENV)/.stamp: pyproject.toml
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[hf,trl]' \
 		'transformers==5.24.*' 'trl==1.16.*' \
-		accelerate peft prefix-grouper pytest pytest-xdist hypothesis
+		accelerate matplotlib peft prefix-grouper pytest pytest-xdist hypothesis
 	touch $@
 
 # verl lists what all its engines and rollouts need: this is what its FSDP engine imports.

@@ -36,31 +36,17 @@ def reference_attention(
     Returns:
         out (Tq, Hq, DV) in the dtype of q, and lse (Hq, Tq), natural log, sinks included.
     """
-    with torch.autocast(q.device.type, enabled=False):  # it would round the products
-        return _attend(q, k, v, layout, scale, window_size, softcap, sinks, prefix_causal)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    scale: float,
-    window_size: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    prefix_causal: bool,
-) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = torch.einsum("mhd,nhd->hmn", q.to(dtype), k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     keep = layout.materialize(window_size=window_size, prefix_causal=prefix_causal)
-    scores = scores.masked_fill(~keep, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
-    out = torch.einsum("hmn,nhd->mhd", torch.exp(scores - lse[..., None]), v)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the products
+        k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("mhd,nhd->hmn", q.to(dtype), k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~keep, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
+        out = torch.einsum("hmn,nhd->mhd", torch.exp(scores - lse[..., None]), v)
     return out.to(q.dtype), lse

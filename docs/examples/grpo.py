@@ -13,6 +13,7 @@ Needs `pip install prefix-attn[hf]`, matplotlib and tqdm. Runs on a CPU in a few
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import string
 import time
 from dataclasses import dataclass, field
@@ -284,6 +285,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--entropy must be at least 0, got {args.entropy}")
     if not args.lr > 0:
         parser.error(f"--lr must be positive, got {args.lr}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the picture needs matplotlib: pip install matplotlib")
     if args.output.suffix.lower() not in (".png", ".svg", ".pdf"):
         parser.error(f"--output must end in .png, .svg or .pdf, got {args.output}")
     return args

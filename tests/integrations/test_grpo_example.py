@@ -11,8 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 import prefix_attn
 
@@ -95,3 +93,10 @@ def test_wrong_options_are_refused(grpo, capsys, options, message):
     with pytest.raises(SystemExit):
         grpo.parse(options)
     assert message in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_named_before_the_run(grpo, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        grpo.parse([])
+    assert "pip install matplotlib" in capsys.readouterr().err
