@@ -9,10 +9,11 @@ OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
 BIN := $(VENV)/bin
+NUMERIC := tests/test_api.py tests/test_cpu.py tests/test_losses.py tests/test_options.py tests/test_testing.py
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-hf test-verl bench bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl bench bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -72,7 +73,13 @@ test: lint type $(OLD_VENV)/.stamp ## everything that CI runs
 	TRITON_INTERPRET=1 $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/interpreter
 	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q tests/test_machine_code.py \
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
-	$(MAKE) test-hf test-verl docs
+	$(MAKE) test-levels test-hf test-verl docs
+
+# Each level has kernels of its own in PyTorch, with roundings of their own.
+test-levels: dev ## the tests of numbers, with each set of vector instructions below the processor's
+	for level in $$($(BIN)/python tests/levels.py); do \
+		ATEN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest -q -n 2 $(NUMERIC) || exit 1; \
+	done
 
 test-hf: $(HF_VENV)/.stamp ## transformers, TRL, PEFT and DTensor, in an environment of their own
 	$(HF_VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations \

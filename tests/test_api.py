@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import prefix_attn.ops
 from prefix_attn import PrefixLayout, cpu, prefix_attention
 from prefix_attn.api import choose_backend
 from prefix_attn.ops import BACKENDS
-from prefix_attn.testing import assert_within_budget
+from prefix_attn.testing import Inputs, assert_all, attention_results, compare_attention
 
 LAYOUT = PrefixLayout.from_lengths([4], [[2, 1]])  # T = 7
 NAMES = ["triton", "cpu", "reference"]
@@ -390,33 +391,17 @@ OPTIONS = {
 def test_reference_options_match_brute_force(
     layout: PrefixLayout, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    generator = torch.Generator().manual_seed(3)
-    tokens = layout.num_tokens
-    shapes = [(tokens, 4, 16), (tokens, 2, 16), (tokens, 2, 24), (4,)]
-    shapes += [(tokens, 4, 24), (4, tokens)]
-    *tensors, dout, dlse = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
-    wanted = dict(options)
+    named = {name: x for name, x in options.items() if name != "sinks"}
+    inputs = Inputs.random(layout, dims=(16, 24), dtype=dtype, lse=True, sinks="sinks" in options)
 
-    def results(function: Any, precision: torch.dtype, **more: Any) -> list[Tensor]:
-        q, k, v, sinks = leaves = [x.to(precision).requires_grad_() for x in tensors]
-        used = leaves if "sinks" in wanted else leaves[:3]
-        if "sinks" in wanted:
-            more["sinks"] = sinks
-        more |= {name: value for name, value in wanted.items() if name != "sinks"}
-        out, lse = function(q, k, v, layout, **more)
-        grads = torch.autograd.grad((out, lse), used, (dout.to(precision), dlse.to(precision)))
-        return [out.detach(), lse.detach(), *grads]
+    def one_by_one(*tensors: Tensor, return_lse: bool, **more: Any) -> tuple[Tensor, Tensor]:
+        return brute_force(*tensors, layout, **named, **more)
 
-    tensors = [x.detach() for x in tensors]
-    actual = results(prefix_attention, dtype, backend="reference", return_lse=True)
-    exact, pytorch = results(brute_force, torch.float64), results(brute_force, dtype)
-    for name, a, e, p in zip(
-        ("out", "lse", "dq", "dk", "dv", "dsinks"), actual, exact, pytorch, strict=False
-    ):
-        if dtype == torch.float64:
-            torch.testing.assert_close(a, e)
-        else:
-            assert_within_budget(name, a, e, p)
+    exact = attention_results(one_by_one, inputs.map(Tensor.double))
+    pytorch = attention_results(one_by_one, inputs)
+    reference = partial(prefix_attention, layout=layout, backend="reference", **named)
+    actual = attention_results(reference, inputs)
+    assert_all(compare_attention(layout, inputs, actual, exact=exact, pytorch=pytorch, **named))
 
 
 def test_window_counts_positions_not_rows() -> None:

@@ -938,7 +938,7 @@ def test_bench_does_not_time_what_is_wrong(run, monkeypatch):
     monkeypatch.setattr(bench, "_interleaved", None)
     code, out, _ = run("bench", *QUICK)
     assert code == 1
-    assert "WRONG, not timed: P48 S16 G3 4/2 D16: out " in out
+    assert "WRONG, not timed: P48 S16 G3 4/2 D16: out" in out
 
 
 def test_bench_says_what_does_not_fit(run, monkeypatch):

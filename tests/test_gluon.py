@@ -396,9 +396,10 @@ def _check(
     pytorch = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=keep, scale=scale, enable_gqa=True
     )[0].transpose(0, 1)
-    assert_within_budget("out", out, exact[0], pytorch)
+    growth = (num_keys + head_dim) ** 0.5
+    assert_within_budget("out", out, exact[0], pytorch, growth=growth)
     float32 = reference_attention(q.float(), k.float(), v.float(), layout, scale=scale)
-    assert_within_budget("lse", lse, exact[1], float32[1])
+    assert_within_budget("lse", lse, exact[1], float32[1], growth=growth)
 
 
 @st.composite

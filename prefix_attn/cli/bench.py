@@ -314,14 +314,12 @@ def _measured(shape: Shape, device: torch.device, seconds: float) -> dict[str, A
         "dtype": shape.dtype,
         "backend": choose_backend("auto", device.type, dtype),
         "checked_at": small.label,
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "checks": [check.summary() for check in checks],
         "wrong": None,
     }
-    wrong = [
-        f"{c.name} {c.error:.1e} against PyTorch's {c.pytorch:.1e}" for c in checks if not c.ok
-    ]
+    wrong = [str(check) for check in checks if not check.ok]
     if wrong:
-        return row | {"wrong": ", ".join(wrong), "baseline": "none"}
+        return row | {"wrong": "; ".join(wrong), "baseline": "none"}
     _note(f"{shape.label}: timing")
     if device.type == "cpu":
         _announce(shape, small, seconds)

@@ -6,7 +6,6 @@ Exit code 1 if the self-test fails.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import os
 import platform
@@ -263,6 +262,6 @@ def _self_test(device: str) -> dict[str, Any]:
         "backend": _auto(device),
         "result": "ok" if ok else "FAILED",
         "failure": failure,
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "checks": [check.summary() for check in checks],
         "seconds": time.perf_counter() - start,
     }

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from prefix_attn import PrefixLayout, prefix_attention, triton_backend
-from prefix_attn.testing import assert_within_budget, repeated_attention
+from prefix_attn.testing import (
+    Inputs,
+    assert_all,
+    attention_results,
+    check_attention,
+    compare_attention,
+    forests,
+    repeated_attention,
+)
 
-NAMES = ("out", "dq", "dk", "dv")
 # Ragged members, an empty prefix, an empty suffix, a prefix of one, a lone sequence.
 GROUPS = PrefixLayout.from_lengths([37, 0, 20, 1, 18], [[9, 16, 33], [5, 7], [3, 0], [40, 2], []])
 # Three levels, segments shorter and longer than a tile, two roots.
@@ -23,33 +31,13 @@ TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
 SPLIT = PrefixLayout.from_lengths([50], [[30, 45, 60, 20]])
 
 
-def _inputs(layout: PrefixLayout, heads: int, kv_heads: int, d: int, dv: int, dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((heads, d), (kv_heads, d), (kv_heads, dv), (heads, dv))
-    q, k, v, dout = (
-        torch.randn(layout.num_tokens, *shape, generator=generator, dtype=torch.float64).to(dtype)
-        for shape in shapes
-    )
-    return q, k, v, dout
-
-
-def _results(attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+def _on_triton(layout: PrefixLayout, **options: Any) -> Callable[..., Any]:
+    return partial(prefix_attention, layout=layout, backend="triton", **options)
 
 
 def _check(layout: PrefixLayout, heads: int, kv_heads: int, d: int, dv: int, dtype: torch.dtype):
-    inputs = _inputs(layout, heads, kv_heads, d, dv, dtype)
-    actual = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), *inputs)
-    exact = _results(
-        lambda *x: prefix_attention(*x, layout, backend="reference"),
-        *(x.double() for x in inputs),
-    )
-    pytorch = _results(lambda *x: repeated_attention(*x, layout), *inputs)
-    for name, a, e, p in zip(NAMES, actual, exact, pytorch, strict=True):
-        assert a.dtype == dtype
-        assert_within_budget(name, a, e, p)
+    inputs = Inputs.random(layout, (heads, kv_heads), (d, dv), dtype)
+    check_attention(layout, inputs, backend="triton")
 
 
 @pytest.mark.parametrize("layout", [GROUPS, TREE, SPLIT], ids=["groups", "tree", "split"])
@@ -75,7 +63,8 @@ def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
     """The loads of the sm_90 forward; tiles stick out past the last key and into neighbours."""
     from prefix_attn.kernels.config import INTERPRETER
 
-    q, k, v, _ = _inputs(layout, 4, 2, 32, 64, torch.float32)
+    inputs = Inputs.random(layout, dims=(32, 64))
+    q, k, v = inputs.q, inputs.k, inputs.v
     if fused:
         k, v = (torch.stack([x, x], dim=2)[:, :, 0] for x in (k, v))
         assert not k.is_contiguous()
@@ -96,7 +85,7 @@ def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
 )
 def test_forward_that_cannot_serve_raises(name, error, message, monkeypatch):
     monkeypatch.setenv("PREFIX_ATTN_FORWARD", name)
-    q, k, v, _ = _inputs(SPLIT, 1, 1, 64, 64, torch.bfloat16)
+    q, k, v = torch.randn(3, SPLIT.num_tokens, 1, 64).bfloat16().unbind()
     with pytest.raises(error, match=message):
         prefix_attention(q, k, v, SPLIT, backend="triton")
 
@@ -112,36 +101,21 @@ def test_triton_at_every_offset_of_a_suffix_in_a_block(prefix):
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(data=st.data())
-def test_triton_on_random_forests(data):
-    count = data.draw(st.integers(1, 7))
-    lengths = data.draw(st.lists(st.integers(0, 45), min_size=count, max_size=count))
-    parents: list[int] = []
-    path: list[int] = []
-    for i in range(count):
-        path = path[: data.draw(st.integers(0, len(path)))]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    _check(PrefixLayout.from_tree(lengths, parents), 2, 1, 16, 16, torch.float32)
+@given(forest=forests())
+def test_triton_on_random_forests(forest):
+    _check(PrefixLayout.from_tree(*forest), 2, 1, 16, 16, torch.float32)
 
 
 @pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
 def test_triton_scale_and_lse_gradient(scale):
-    q, k, v, dout = _inputs(TREE, 2, 1, 16, 16, torch.float64)
-    dlse = torch.randn(2, TREE.num_tokens, dtype=torch.float64)
-    results = []
-    for backend in ("triton", "reference"):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        outputs = prefix_attention(*leaves, TREE, scale=scale, return_lse=True, backend=backend)
-        results.append((*outputs, *torch.autograd.grad(outputs, leaves, (dout, dlse))))
-    for actual, exact in zip(*results, strict=True):
-        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+    inputs = Inputs.random(TREE, (2, 1), (16, 16), torch.float64, lse=True)
+    check_attention(TREE, inputs, backend="triton", scale=scale)
 
 
 def test_triton_passes_gradcheck():
     layout = PrefixLayout.from_tree([3, 2, 1, 4], [-1, 0, 1, 0])
-    q, k, v, _ = _inputs(layout, 2, 1, 16, 16, torch.float64)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    inputs = Inputs.random(layout, (2, 1), (16, 16), torch.float64)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     assert torch.autograd.gradcheck(
         lambda *x: prefix_attention(*x, layout, return_lse=True, backend="triton"),
         leaves,
@@ -150,13 +124,10 @@ def test_triton_passes_gradcheck():
 
 
 def test_triton_gradients_have_the_same_bits_from_run_to_run():
-    inputs = _inputs(SPLIT, 4, 2, 32, 32, torch.float32)
-    first, second = (
-        _results(lambda *x: prefix_attention(*x, SPLIT, backend="triton"), *inputs)
-        for _ in range(2)
-    )
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    inputs = Inputs.random(SPLIT)
+    first, second = (attention_results(_on_triton(SPLIT), inputs) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
@@ -187,11 +158,10 @@ def test_split_layout_really_splits(monkeypatch):
 
 
 def test_triton_takes_one_forward_and_three_backward_launches(guard):
-    q, k, v, dout = _inputs(GROUPS, 1, 1, 16, 16, torch.float32)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    leaves = [x.requires_grad_() for x in torch.randn(3, GROUPS.num_tokens, 1, 16).unbind()]
     out = prefix_attention(*leaves, GROUPS, backend="triton")
     assert guard.launches == 1
-    out.backward(dout)
+    out.sum().backward()
     assert guard.launches == 3  # no tile of this layout is split: delta and the backward
 
 
@@ -199,14 +169,12 @@ def test_triton_members_may_be_permuted():
     lengths, order = [9, 16, 33], [2, 0, 1]
     layout = PrefixLayout.from_lengths([21], [lengths])
     permuted = PrefixLayout.from_lengths([21], [[lengths[i] for i in order]])
-    inputs = _inputs(layout, 2, 1, 16, 16, torch.float32)
+    inputs = Inputs.random(layout, (2, 1), (16, 16))
     rows = torch.cat([torch.arange(21), *(layout.sequence_rows(i)[21:] for i in order)])
-    base = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), *inputs)
-    moved = _results(
-        lambda *x: prefix_attention(*x, permuted, backend="triton"), *(x[rows] for x in inputs)
-    )
-    for a, b in zip(base, moved, strict=True):
-        torch.testing.assert_close(a[rows], b, rtol=2e-6, atol=2e-6)
+    moved = attention_results(_on_triton(permuted), inputs.map(lambda x: x[rows]))
+    back = torch.argsort(rows)
+    actual = {name: x[back] for name, x in moved.items()}
+    assert_all(compare_attention(layout, inputs, actual))
 
 
 def test_triton_takes_views_and_broadcast_gradients():
@@ -229,24 +197,21 @@ def test_triton_addresses_past_two_to_the_31_elements(axis):
     span = 1 + sum((n - 1) * s for n, s in zip((tokens, heads, d), strides, strict=True))
     assert span > 2**31
     layout = PrefixLayout.from_lengths([tokens // 2], [[tokens // 4, tokens // 4]])
-    q, k, v, dout = _inputs(layout, heads, heads, d, d, torch.float16)
+    inputs = Inputs.random(layout, (heads, heads), (d, d), torch.float16)
     far = torch.from_numpy(np.empty(span, dtype=np.float16)).as_strided((tokens, heads, d), strides)
-    far.copy_(k)
-    near = _results(lambda *x: prefix_attention(*x, layout, backend="triton"), q, k, v, dout)
-    out = prefix_attention(q, far, v, layout, backend="triton")
-    assert torch.equal(out, near[0])
-    leaf = q.requires_grad_()
-    (dq,) = torch.autograd.grad(
-        prefix_attention(leaf, far, v, layout, backend="triton"), leaf, dout
-    )
-    assert torch.equal(dq, near[1])
+    far.copy_(inputs.k)
+    near = attention_results(_on_triton(layout), inputs)
+    leaf = inputs.q.clone().requires_grad_()
+    out = prefix_attention(leaf, far, inputs.v, layout, backend="triton")
+    assert torch.equal(out, near["out"])
+    assert torch.equal(torch.autograd.grad(out, leaf, inputs.dout)[0], near["dq"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
 def test_triton_spreads_nan_and_inf_like_sdpa(bad, which):
     layout = PrefixLayout.from_lengths([40], [[40, 40]])
-    inputs = list(_inputs(layout, 1, 1, 16, 16, torch.float32)[:3])
+    inputs = list(torch.randn(3, layout.num_tokens, 1, 16).unbind())
     inputs[which][20] = bad
     out = prefix_attention(*inputs, layout, backend="triton")
     expected = repeated_attention(*inputs, layout)
@@ -266,7 +231,8 @@ def test_triton_serves_no_tokens():
 
 
 def test_triton_operators_pass_opcheck():
-    q, k, v, dout = _inputs(TREE, 2, 1, 16, 16, torch.float32)
+    inputs = Inputs.random(TREE, (2, 1), (16, 16))
+    q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     operators = torch.ops.prefix_attn
     sinks = torch.zeros(2)
     rest = (TREE.segments, 0.25, None, None, True, "triton")

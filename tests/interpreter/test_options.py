@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from triton.runtime import interpreter
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.kernels import backward
 from prefix_attn.kernels.primitives import dot_precision
-from prefix_attn.testing import assert_within_budget
+from prefix_attn.testing import Inputs, attention_results, check_attention, forests
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
 GROUPS = PrefixLayout.from_lengths([37, 0, 20], [[9, 16, 33], [5, 7], [3, 0, 18]])
 TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
 LAYOUTS = {
@@ -65,47 +64,13 @@ def any_order() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _results(
-    layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype, backend: str
-) -> tuple[Tensor, ...]:
-    """Output, LSE and all gradients; inputs are those of the smallest dtype under test."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=generator, dtype=torch.float64).bfloat16()
-        return x.to(dtype).requires_grad_()
-
-    queries, keys = layout.num_queries, layout.num_tokens
-    leaves = [draw(queries, 2, 16), draw(keys, 1, 16), draw(keys, 1, 32), draw(2)]
-    dout, dlse = draw(queries, 2, 32), draw(2, queries)
-    options = dict(options)
-    if options.get("sinks"):
-        options["sinks"] = leaves[3]
-    outputs = prefix_attention(*leaves[:3], layout, return_lse=True, backend=backend, **options)
-    with any_order() if options.get("deterministic") is False else nullcontext():
-        grads = torch.autograd.grad(
-            outputs,
-            leaves,
-            (dout.detach(), dlse.detach().to(outputs[1].dtype)),
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return (*(x.detach() for x in outputs), *grads)
-
-
 def _check(layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype) -> None:
-    actual = _results(layout, options, dtype, "triton")
-    exact = _results(layout, options, torch.float64, "reference")
-    if dtype == torch.float64:
-        for name, a, e in zip(NAMES, actual, exact, strict=True):
-            torch.testing.assert_close(
-                a, e, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n} {m}"
-            )
-        return
-    pytorch = _results(layout, options, dtype, "reference")
-    for name, a, e, p in zip(NAMES, actual, exact, pytorch, strict=True):
-        assert a.dtype == p.dtype
-        assert_within_budget(name, a, e, p)
+    """With a gradient of lse; `options["sinks"]` is True where there are sinks."""
+    options = dict(options)
+    sinks = options.pop("sinks", False)
+    inputs = Inputs.random(layout, (2, 1), (16, 32), dtype, lse=True, sinks=sinks)
+    with any_order() if options.get("deterministic") is False else nullcontext():
+        check_attention(layout, inputs, backend="triton", **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -176,35 +141,31 @@ def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
 
 
 def test_triton_options_have_the_same_bits_from_run_to_run():
-    first, second = (_results(GROUPS, OPTIONS["all"], torch.float32, "triton") for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    options = {name: x for name, x in OPTIONS["all"].items() if name != "sinks"}
+    call = partial(prefix_attention, layout=GROUPS, backend="triton", **options)
+    inputs = Inputs.random(GROUPS, (2, 1), (16, 32), lse=True, sinks=True)
+    first, second = (attention_results(call, inputs) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
 
 
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(data=st.data())
-def test_triton_on_random_forests_with_random_options(data):
-    count = data.draw(st.integers(1, 6))
-    lengths = data.draw(st.lists(st.integers(0, 40), min_size=count, max_size=count))
-    parents: list[int] = []
-    path: list[int] = []
-    for i in range(count):
-        path = path[: data.draw(st.integers(0, len(path)))]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    layout = PrefixLayout.from_tree(lengths, parents)
-    if data.draw(st.booleans()):
-        layout = layout.queries_for(data.draw(st.lists(st.integers(0, count - 1), unique=True)))
-    options = {
-        "window_size": data.draw(st.none() | st.integers(1, 60)),
-        "softcap": data.draw(st.none() | st.sampled_from([0.5, 3.0, 50.0])),
-        "sinks": data.draw(st.sampled_from([None, True])),
-        "prefix_causal": data.draw(st.booleans()),
-        "scale": data.draw(st.sampled_from([None, 1.0, -0.5, 0.0])),
-        "deterministic": data.draw(st.sampled_from([None, False])),
-    }
+@given(
+    forest=forests(max_segments=6, max_length=40),
+    queries=st.none() | st.sets(st.integers(0, 5)),
+    window_size=st.none() | st.integers(1, 60),
+    softcap=st.none() | st.sampled_from([0.5, 3.0, 50.0]),
+    sinks=st.booleans(),
+    prefix_causal=st.booleans(),
+    scale=st.sampled_from([None, 1.0, -0.5, 0.0]),
+    deterministic=st.sampled_from([None, False]),
+)
+def test_triton_on_random_forests_with_random_options(forest, queries, **options):
+    layout = PrefixLayout.from_tree(*forest)
+    if queries is not None:
+        layout = layout.queries_for([i for i in sorted(queries) if i < layout.num_segments])
     _check(layout, options, torch.float64)
 
 
