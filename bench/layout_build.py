@@ -47,7 +47,7 @@ def main() -> None:
     """Prints one line per constructor."""
     prefixes, suffixes = lengths_of(GROUPS, MEMBERS, TOKENS)
     layout = PrefixLayout.from_lengths(prefixes, suffixes)
-    segment_lengths, parents = layout.segments.tolist()
+    segment_lengths, parents, _ = layout.segments.tolist()
     # Every segment starts with a token of its own, so that exactly the prefixes are shared.
     ids = torch.randint(VOCABULARY, (TOKENS,))
     starts = layout.cu_seqlens[:-1].long()
