@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 DRAWN_TOKENS = 64
 # A tensor that is made in inference mode can't be saved for a backward pass, ever; a layout that
 # served the old log-probabilities serves the update too.
@@ -497,13 +499,17 @@ class PrefixLayout:
     def _path_rows(self) -> list[np.ndarray]:
         lengths, parents, _ = self.segments.numpy().astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        rows = []
-        for leaf in self.sequence_leaves.tolist():
-            path = [np.empty(0, dtype=np.int64)]
-            while leaf >= 0:
-                path.append(np.arange(starts[leaf], starts[leaf] + lengths[leaf]))
-                leaf = int(parents[leaf])
-            rows.append(np.concatenate(path[::-1]))
+        leaves = self.sequence_leaves.tolist()
+        place = {leaf: i for i, leaf in enumerate(leaves)}
+        rows = [np.empty(0, dtype=np.int64)] * len(leaves)
+        # Depth first, the rows above a segment are those that were written last.
+        path, own = np.empty(self.max_length, dtype=np.int64), np.arange(self.num_tokens)
+        depths = depths_of(parents, lengths)
+        bounds = zip(starts.tolist(), lengths.tolist(), depths.tolist(), strict=True)
+        for segment, (start, length, depth) in enumerate(bounds):
+            path[depth : depth + length] = own[start : start + length]
+            if segment in place:
+                rows[place[segment]] = path[: depth + length].copy()
         return rows
 
     @cached_property
@@ -566,17 +572,16 @@ def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
         raise ValueError(f"{name} must be a flat list of integers, got {values!r}")
     if raw.size == 0:
         return np.empty(0, dtype=np.int64)
-    most = np.iinfo(np.int64).max
-    if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= most:
-        return raw.astype(np.int64)
+    if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= INT64_MAX:
+        return raw.astype(np.int64, copy=False)
     for i, item in enumerate(values):
         value = item.item() if isinstance(item, (np.generic, Tensor)) else item
         if type(value) is not int:
             raise ValueError(f"{name} must hold integers, got {value!r} at {name}[{i}]")
         if value < least:
             raise ValueError(f"{name}[{i}] must be at least {least}, got {value}")
-        if value > most:
-            raise ValueError(f"{name}[{i}] must be at most {most}, got {value}")
+        if value > INT64_MAX:
+            raise ValueError(f"{name}[{i}] must be at most {INT64_MAX}, got {value}")
     raise ValueError(f"{name} must hold integers, got {raw.dtype}")
 
 
@@ -625,18 +630,15 @@ def _radix_tree(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
     count = len(arrays)
     if not count:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
-    sizes = np.array([len(a) for a in arrays])
-    # Ids shifted by one, so that the end of a sequence (0) differs from every token.
-    padded = np.zeros((count, int(sizes.max()) + 1), dtype=np.int64)
-    for i, ids in enumerate(arrays):
-        padded[i, : len(ids)] = ids + 1
-    order = np.argsort(padded.view(np.dtype((np.void, padded.strides[0]))).ravel(), kind="stable")
-    ranked = padded[order]
-    common = np.empty(count, dtype=np.int64)
-    common[0] = 0
-    differs = ranked[1:] != ranked[:-1]
-    # Equal sequences have no differing column: they share all their tokens.
-    common[1:] = np.where(differs.any(1), differs.argmax(1), sizes[order][1:])
+    sizes = [len(a) for a in arrays]
+    # Ids have one width, so their bytes sort equal prefixes next to each other, the shorter first.
+    content = [a.tobytes() for a in arrays]
+    order = sorted(range(count), key=content.__getitem__)
+    common = [0]  # tokens that each shares with the one before it in this order
+    for a, b in pairwise(order):
+        shorter = min(sizes[a], sizes[b])
+        differs = arrays[a][:shorter] != arrays[b][:shorter]
+        common.append(int(differs.argmax()) if differs.any() else shorter)
 
     # Nodes by the depth at which they end; one opens when a sequence leaves the current path.
     node_end: list[int] = []
@@ -649,7 +651,7 @@ def _radix_tree(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
         return len(node_end) - 1
 
     path: list[int] = []  # nodes from the root to the last sequence's, none of them empty
-    for rank, (sequence, shared) in enumerate(zip(order.tolist(), common.tolist(), strict=True)):
+    for rank, (sequence, shared) in enumerate(zip(order, common, strict=True)):
         left = -1
         while path and node_end[path[-1]] > shared:
             left = path.pop()
@@ -664,7 +666,7 @@ def _radix_tree(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
             before = order[rank - 1]
             if leaf_of[before] == fork:
                 leaf_of[before] = new_node(shared, fork)
-        leaf_of[sequence] = new_node(int(sizes[sequence]), fork)
+        leaf_of[sequence] = new_node(sizes[sequence], fork)
         if sizes[sequence] > shared:
             path.append(int(leaf_of[sequence]))
     return _depth_first(node_end, node_parent, leaf_of)

@@ -1,6 +1,7 @@
 """PrefixLayout against definitions that walk every path by hand."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -273,6 +274,29 @@ def test_from_sequences_shares_what_is_equal(sequences):
 def test_from_sequences_builds_the_radix_tree(sequences, lengths, parents):
     layout, _ = PrefixLayout.from_sequences(sequences)
     assert layout.segments.tolist() == [lengths, parents, [1] * len(lengths)]
+
+
+def test_from_sequences_needs_memory_for_its_tokens_alone():
+    """Many short sequences and a long one, which all share their first token and no other."""
+    long = np.arange(20_000)
+    sequences = [*([0, -i % 2**40, i] for i in range(1, 3000)), long]
+    tokens = sum(map(len, sequences))
+    tracemalloc.start()
+    layout, ids = PrefixLayout.from_sequences(sequences)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 8 * tokens  # padded to the longest they take 2,000 times their bytes
+    assert layout.num_tokens == tokens - 2999
+    np.testing.assert_array_equal(ids[layout.sequence_rows(2999)], long)
+
+
+def test_from_sequences_orders_by_whole_tokens():
+    """Ids whose lowest or highest bytes are equal, or sort in another order, are different ids."""
+    sequences = [[256, 1], [1, 256], [2**40, 1], [1], [2**40 + 1], [255], [256]]
+    layout, ids = PrefixLayout.from_sequences(sequences)
+    for i, sequence in enumerate(sequences):
+        assert ids[layout.sequence_rows(i)].tolist() == sequence
+    check_sharing(layout, sequences)
 
 
 @given(token_lists(), st.sampled_from(["left", "right"]), st.integers(0, 2))
