@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -198,67 +199,44 @@ class QueryTiles:
         the tile starts inside it or hangs below that path. Keys of the segments that all rows
         continue are the first ones on that path, and are visited in full.
         """
-        ends, run_start, anchor, parents, subtree_ends = (
+        ends, run_start, anchor, parents, subtree_ends, bidirectional = (
             x.tolist()
             for x in (
-                forest.ends, forest.run_start, forest.anchor, forest.parents, forest.subtree_ends
+                forest.ends, forest.run_start, forest.anchor, forest.parents, forest.subtree_ends,
+                forest.bidirectional,
             )
         )  # fmt: skip
-        bidirectional = forest.bidirectional.tolist()
-        columns: list[int] = []
-        # Per anchor: where its list of full tiles lies in `columns`, and its masked tails.
-        lists: dict[int, tuple[int, int, list[tuple[int, int]]]] = {-1: (0, 0, [])}
-
-        def path_list(node: int) -> tuple[int, int, list[tuple[int, int]]]:
-            chain = []
-            while node not in lists:
-                chain.append(node)
-                node = anchor[node]
-            for node in reversed(chain):
-                above0, above_count, above_tails = lists[anchor[node]]
-                count = (ends[node] - run_start[node]) // block_n
-                begin, tail = len(columns), run_start[node] + count * block_n
-                columns.extend(columns[above0 : above0 + above_count])
-                columns.extend(range(run_start[node], tail, block_n))
-                tails = [*above_tails, (tail, ends[node])] if tail < ends[node] else above_tails
-                lists[node] = (begin, above_count + count, tails)
-            return lists[node]
-
+        above = _PathTiles(forest, block_n)
         masked: list[tuple[int, int]] = []
         first = forest.segment_of(items[:, 0]).tolist()
         last = forest.segment_of(items[:, 1] - 1).tolist()
         bounds = items[:, :2].tolist()
         for tile, ((low, high), segment, final) in enumerate(zip(bounds, first, last, strict=True)):
+            # All segments that are left on the way up end in this tile, and in no other.
             shared = segment
             while shared >= 0 and subtree_ends[shared] < high:
                 shared = parents[shared]
+            top = anchor[shared] if shared >= 0 else -1
+            list0, num_listed = above.listed(top)
             # Keys on the path before `full_end` are seen by every row of the tile.
-            list0, num_listed, tails = lists[-1]
             own0 = full_end = 0
             if shared >= 0:
-                list0, num_listed, tails = path_list(anchor[shared])
                 own0 = run_start[shared]
                 full_end = ends[shared] if bidirectional[shared] else min(ends[shared], low)
             num_own = max(0, full_end - own0) // block_n
-            ragged = list(tails)
+            ragged: list[tuple[int, int]] = []
             node, end = segment, ends[final] if bidirectional[final] else high
-            while node != (anchor[shared] if shared >= 0 else -1):
+            while node != top:
                 start = run_start[node]
                 ragged.append((start + num_own * block_n if start == own0 else start, end))
                 node = anchor[node]
                 end = ends[node]
-            pieces: list[tuple[int, int]] = []
-            for start, end in sorted(ragged):
-                if pieces and end - pieces[-1][0] <= block_n:
-                    # One tile for both: no row sees the keys between them, and a full tile, as
-                    # wide as this one, does not fit there.
-                    pieces[-1] = pieces[-1][0], end
-                else:
-                    cols = range(start, end, block_n)
-                    pieces += [(col, min(col + block_n, end)) for col in cols]
+            pieces = above.masked(top)
+            for start, end in reversed(ragged):
+                _append_masked(pieces, start, end, block_n)
             items[tile, 3:] = list0, num_listed, own0, num_own, len(masked), len(pieces)
             masked += pieces
-        return np.array(columns, dtype=np.int64), np.array(masked, dtype=np.int64)
+        return np.array(above.columns, dtype=np.int64), np.array(masked, dtype=np.int64)
 
     @staticmethod
     def _fill_window(
@@ -274,6 +252,73 @@ class QueryTiles:
             items[:, field], items[:, field + 1] = np.cumsum(count) - count, count
         part = key_tile[~full]
         return col0[key_tile[full]], np.stack([col0[part], col1[part]], axis=1)
+
+
+class _PathTiles:
+    """The key tiles on the runs of a path that ends with an anchor, for anchors as they are asked.
+
+    Attributes:
+        columns: first keys of full tiles.
+    """
+
+    def __init__(self, forest: Forest, block_n: int):
+        self.columns: list[int] = []
+        self._block_n = block_n
+        self._starts, self._ends, self._above = (
+            x.tolist() for x in (forest.run_start, forest.ends, forest.anchor)
+        )
+        # Where the list of full tiles of a path lies in `columns`.
+        self._lists: dict[int, tuple[int, int]] = {-1: (0, 0)}
+        # The masked tiles of a path from the last one up: the tiles before it, first key and end.
+        self._chains: dict[int, tuple[Any, int, int] | None] = {-1: None}
+
+    def listed(self, anchor: int) -> tuple[int, int]:
+        """Where the full tiles begin in `columns`, and how many there are."""
+        for node in self._missing(anchor, self._lists):
+            begin, count = self._lists[self._above[node]]
+            own = (self._ends[node] - self._starts[node]) // self._block_n
+            if own:
+                if begin + count != len(self.columns):  # another path went on behind the list
+                    begin, above = len(self.columns), self.columns[begin : begin + count]
+                    self.columns += above
+                start = self._starts[node]
+                self.columns += range(start, start + own * self._block_n, self._block_n)
+            self._lists[node] = begin, count + own
+        return self._lists[anchor]
+
+    def masked(self, anchor: int) -> list[tuple[int, int]]:
+        """First key and end of the masked tiles, in the order of their keys."""
+        for node in self._missing(anchor, self._chains):
+            chain, end = self._chains[self._above[node]], self._ends[node]
+            start = end - (end - self._starts[node]) % self._block_n
+            if chain and start < end and end - chain[1] <= self._block_n:
+                chain = chain[0], chain[1], end
+            elif start < end:
+                chain = chain, start, end
+            self._chains[node] = chain
+        chain, pieces = self._chains[anchor], []
+        while chain:
+            pieces.append(chain[1:])
+            chain = chain[0]
+        return pieces[::-1]
+
+    def _missing(self, anchor: int, known: dict[int, Any]) -> list[int]:
+        """The anchors on a path that are not known yet, from the top."""
+        nodes = []
+        while anchor not in known:
+            nodes.append(anchor)
+            anchor = self._above[anchor]
+        return nodes[::-1]
+
+
+def _append_masked(pieces: list[tuple[int, int]], start: int, end: int, block_n: int) -> None:
+    """Adds the keys [start, end) to masked tiles of at most block_n keys."""
+    if pieces and end - pieces[-1][0] <= block_n:
+        # One tile for both: no row sees the keys between them, and a full tile, as wide as this
+        # one, does not fit there.
+        pieces[-1] = pieces[-1][0], end
+    else:
+        pieces += [(col, min(col + block_n, end)) for col in range(start, end, block_n)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -440,31 +485,18 @@ def _window_pairs(
     rows, positions, window = forest.query_rows, forest.positions, forest.window_size or 0
     if not len(rows):
         return col0[:0], col0[:0], np.empty(0, dtype=bool)
-    # The queries of one tile and one segment see, on each run of their path, one range of keys.
-    segment_begins = forest.queries_before[forest.starts[forest.has_queries]]
-    begin = np.unique(np.concatenate([query0, segment_begins[segment_begins < len(rows)]]))
-    length = np.append(begin[1:], len(rows)) - begin
-    tile = (np.searchsorted(query0, begin, side="right") - 1).tolist()
-    segment = forest.segment_of(rows[begin])
-    stop = np.where(forest.bidirectional[segment], forest.ends[segment], rows[begin] + length)
-    least = (positions[rows[begin]] - window + 1).tolist()
-    ends, anchor, run_start = (x.tolist() for x in (forest.ends, forest.anchor, forest.run_start))
-    run_depth = (forest.depths - forest.starts + forest.run_start).tolist()
-    ranges: list[tuple[int, int, int]] = []
-    for piece, (node, end) in enumerate(zip(segment.tolist(), stop.tolist(), strict=True)):
-        while node >= 0:
-            outside = max(0, least[piece] - run_depth[node])
-            if run_start[node] + outside < end:
-                ranges.append((tile[piece], run_start[node] + outside, end))
-            if outside:
-                break
-            node = anchor[node]
-            end = ends[node]
-    range_tile, key0, key1 = np.array(ranges, dtype=np.int64).T
-    first = np.searchsorted(col0, key0, side="right") - 1
-    count = np.searchsorted(col0, key1 - 1, side="right") - first
-    key_tile = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
-    pairs = np.unique(np.repeat(range_tile, count) * len(col0) + key_tile)
+    # Neighbouring rows of one query tile. Their keys lie among them, where each row sees itself,
+    # behind them in a bidirectional segment, and before them on the path of the first.
+    begin = np.unique(np.concatenate([query0, np.flatnonzero(np.diff(rows, prepend=-2) > 1)]))
+    low, high = rows[begin], rows[np.append(begin[1:], len(rows)) - 1] + 1
+    final = forest.segment_of(high - 1)
+    own_end = np.where(forest.bidirectional[final], forest.ends[final], high)
+    path = _PathKeys(forest, np.repeat(np.arange(len(col0)), col1 - col0))
+    bounds = (x.tolist() for x in (forest.segment_of(low), low, high, own_end))
+    pieces = [path.seen_by(*x) for x in zip(*bounds, strict=True)]
+    count = [len(x) for x in pieces]
+    row_tile = np.searchsorted(query0, begin, side="right") - 1
+    pairs = np.unique(np.repeat(row_tile, count) * len(col0) + np.concatenate(pieces))
     row_tile, key_tile = np.divmod(pairs, len(col0))
 
     every = _seen_by_all(forest, col0)
@@ -475,6 +507,82 @@ def _window_pairs(
         & (last - _reduce(np.minimum, positions, col0)[key_tile] < window)
     )
     return row_tile, key_tile, full
+
+
+class _PathKeys:
+    """The key tiles that rows see through a window, for rows in ascending order.
+
+    Every key before some neighbouring rows that one of them sees lies on the path of the first.
+    """
+
+    def __init__(self, forest: Forest, key_tile: np.ndarray):
+        """Takes the segments, with a window, and the key tile of each row (T,)."""
+        self._key_tile, self._positions = key_tile, forest.positions
+        self._window = forest.window_size or 0
+        self._starts, self._ends, self._depths, self._parents, self._subtree_ends = (
+            x.tolist()
+            for x in (
+                forest.starts, forest.ends, forest.depths, forest.parents, forest.subtree_ends
+            )
+        )  # fmt: skip
+        # The key tiles on the current path, and for each position the place of its tile in them.
+        # What is written at a depth stays until a later segment at that depth is written.
+        depth = int((forest.depths + forest.ends - forest.starts).max(initial=0))
+        self._tiles, self._place = np.empty((2, depth), dtype=np.int64)
+        self._written = 0
+
+    def seen_by(self, segment: int, low: int, high: int, end: int) -> np.ndarray:
+        """The key tiles, ascending, that rows [low, high) see.
+
+        Args:
+            segment: that of the first row.
+            low: the first row.
+            high: the end of the rows.
+            end: the end of the keys that the last row sees.
+        """
+        self._write_path(segment)
+        # The first position among the rows so far: who sees the keys of a segment are the rows up
+        # to the end of its subtree, and the one that lies least deep sees back furthest.
+        least = np.minimum.accumulate(self._positions[low:high]) - self._window + 1
+        # Positions on the path, [bottom, top), that are seen and not yet noted.
+        bottom = top = above = int(self._positions[low])
+        pieces = [np.arange(self._key_tile[low], self._key_tile[end - 1] + 1)]
+        node, by_all = segment, False
+        while (
+            node >= 0 and not by_all
+        ):  # segments that end among these rows, up to one that doesn't
+            by_all = self._subtree_ends[node] >= high
+            stop = min(high, self._subtree_ends[node])
+            seen_from = max(0 if by_all else self._depths[node], int(least[stop - low - 1]))
+            if seen_from < above:
+                if bottom != above:
+                    pieces.append(self._between(bottom, top))
+                    top = above
+                bottom = seen_from
+            above, node = self._depths[node], self._parents[node]
+        pieces.append(self._between(bottom, top))
+        return np.concatenate(pieces[::-1])
+
+    def _between(self, bottom: int, top: int) -> np.ndarray:
+        """The key tiles that hold the positions [bottom, top) of the current path."""
+        if bottom == top:
+            return self._tiles[:0]
+        return self._tiles[self._place[bottom] : self._place[top - 1] + 1].copy()
+
+    def _write_path(self, segment: int) -> None:
+        """Writes what lies between the segment of the last call and this one."""
+        for node in range(self._written, segment + 1):
+            tiles = self._key_tile[self._starts[node] : self._ends[node]]
+            if not len(tiles):
+                continue
+            depth = self._depths[node]
+            place = tiles - tiles[0]
+            if depth:
+                last = self._place[depth - 1]
+                place += last + (self._tiles[last] != tiles[0])
+            self._place[depth : depth + len(tiles)] = place
+            self._tiles[place] = tiles
+        self._written = max(self._written, segment + 1)
 
 
 def balanced_key_tiles(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -198,6 +202,88 @@ def test_short_segments_of_a_deep_tree_share_masked_tiles():
     # Half of the keys before a tile belong to leaves that its rows do not see.
     visited = 128 * 64 * tiles.items[:, [4, 6, 8]].sum()
     assert visited <= 3 * mask.sum()
+
+
+def _comb(depth: int) -> tuple[list[int], list[int]]:
+    """Segments of one token: each has a leaf, and behind it the segment that goes on."""
+    parents = [-1]
+    for i in range(depth):
+        parents += [2 * i, 2 * i]
+    return [1] * len(parents), parents
+
+
+def _caterpillar(depth: int) -> tuple[list[int], list[int]]:
+    """A prefix of 500 tokens, and a comb of short segments with seven leaves each below it."""
+    parents = [-1]
+    for i in range(depth // 4):
+        parents += [8 * i] * 8
+    return [500] + [1, 2] * (len(parents) // 2), parents
+
+
+def _chain(depth: int) -> tuple[list[int], list[int]]:
+    return [1] * depth, list(range(-1, depth - 1))
+
+
+def _rake(depth: int) -> tuple[list[int], list[int]]:
+    """A comb of full tiles, a leaf of one token beside each."""
+    lengths, parents = _comb(depth)
+    return [16 if i % 2 == 0 else 1 for i in range(len(lengths))], parents
+
+
+def _effort(function: Callable[[], object]) -> tuple[int, int]:
+    """Lines of Python that a call runs, and the bytes that it holds at most."""
+    lines = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    before = sys.gettrace()
+    tracemalloc.start()
+    sys.settrace(count)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return lines, peak
+
+
+@pytest.mark.parametrize("shape", [_comb, _caterpillar, _chain, _rake])
+@pytest.mark.parametrize("window", [None, 8, 10**9])
+def test_building_takes_no_more_than_its_segments_and_tiles(shape, window):
+    efforts, sizes = [], []
+    for depth in (150, 600):
+        lengths, parents = shape(depth)
+        segments = np.stack([lengths, parents, np.ones_like(lengths)])
+        forest = Forest.from_segments(segments, window_size=window)
+        tiles: list[Any] = []
+        effort = _effort(
+            lambda forest=forest, tiles=tiles: tiles.extend(
+                [QueryTiles.from_forest(forest, 16, 16), KeyTiles.from_forest(forest, 16, 16)]
+            )
+        )
+        visits = tiles[0].items[:, [4, 6, 8]].sum() + tiles[1].items[:, [3, 5, 7]].sum()
+        efforts.append(effort)
+        sizes.append(len(lengths) + visits)
+        lines, peak = effort
+        assert lines <= 100 * (len(lengths) + visits)
+        assert peak <= 1000 * (len(lengths) + visits)
+        assert len(tiles[0].columns) + len(tiles[0].masked) <= visits
+    assert efforts[1][0] <= 1.5 * efforts[0][0] * sizes[1] / sizes[0]
+
+
+def test_full_tiles_of_one_path_are_listed_once():
+    """A prefix above a comb: every tile of the comb visits it, and one list serves all."""
+    lengths, parents = _rake(100)
+    lengths[0] = 1600
+    tree, mask = _forest(lengths, parents)
+    tiles = QueryTiles.from_forest(tree, 16, 16)
+    np.testing.assert_array_equal(_cover_queries(tiles, mask, 16), mask)
+    assert len(tiles.columns) <= mask.shape[1] // 16
+    assert tiles.items[:, 4].sum() > 100 * 100
 
 
 def test_tables_of_an_empty_forest_are_empty():
