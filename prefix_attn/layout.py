@@ -8,8 +8,9 @@ range of rows, and one integer per key is the whole attention rule:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DRAWN_TOKENS = 64
 # A tensor that is made in inference mode can't be saved for a backward pass, ever; a layout that
-# served the old log-probabilities serves the update too.
+# served the old log-probabilities serves the update too, and so do the indices that it hands out.
 outside_inference_mode = torch.inference_mode(mode=False)
 
 
@@ -92,7 +94,9 @@ class PrefixLayout:
             (12, 2, 3)
         """
         prefixes = _int_array("prefix_lens", prefix_lens)
-        if isinstance(suffix_lens, (str, bytes, Tensor)) or not isinstance(suffix_lens, Sequence):
+        if isinstance(suffix_lens, (str, bytes)) or not isinstance(
+            suffix_lens, (Sequence, np.ndarray)
+        ):
             raise ValueError(
                 "suffix_lens must be a sequence of sequences of lengths, one per group, got "
                 f"{type(suffix_lens).__name__}"
@@ -146,6 +150,7 @@ class PrefixLayout:
         return cls._from_arrays(length_array, parent_array, device)
 
     @classmethod
+    @outside_inference_mode
     def from_sequences(
         cls,
         sequences: Sequence[Sequence[int] | Tensor],
@@ -166,6 +171,8 @@ class PrefixLayout:
             >>> ids.tolist(), ids[layout.sequence_rows(2)].tolist()
             ([5, 6, 7, 8, 9, 1], [5, 6, 8, 9])
         """
+        if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Iterable):
+            raise ValueError(f"sequences must be lists of token ids, got {_shown(sequences)}")
         arrays = [_int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
         layout = cls._from_radix(arrays, device)
         packed = np.empty(layout.num_tokens, dtype=np.int64)
@@ -174,6 +181,7 @@ class PrefixLayout:
         return layout, torch.from_numpy(packed).to(layout.device)
 
     @classmethod
+    @outside_inference_mode
     def from_padded(
         cls,
         input_ids: Tensor,
@@ -206,7 +214,7 @@ class PrefixLayout:
                 f"input_ids and attention_mask must be on one device, got {input_ids.device} and "
                 f"{attention_mask.device}"
             )
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if input_ids.dim() != 2 or input_ids.dtype not in INTEGERS:
             raise ValueError(
                 "input_ids must be an integer tensor of shape (B, L), got "
                 f"{input_ids.dtype} {tuple(input_ids.shape)}"
@@ -263,7 +271,7 @@ class PrefixLayout:
             np.repeat(depths, lengths) + within,
             np.repeat(subtree_ends, lengths).astype(np.int32),
         ]
-        device = torch.device("cpu" if device is None else device)
+        device = torch.device("cpu") if device is None else _device(device)
         cu_seqlens, parents_t, position_ids, subtree_end = (
             torch.from_numpy(t).to(device) for t in tensors
         )
@@ -281,17 +289,42 @@ class PrefixLayout:
             max_length=int((depths + lengths).max(initial=0)),
         )
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PrefixLayout:
+        """Returns the same layout with its tensors on `device`.
+
+        Args:
+            device: where the tensors are to live.
+            non_blocking: copy without waiting, which works for layouts in pinned memory.
+
+        Raises:
+            ValueError: if `device` is none.
+        """
+        target = _device(device)
+        return self._with_tensors(lambda x: x.to(target, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PrefixLayout:
+        """Returns the same layout in pinned memory, from which `to` copies without waiting.
+
+        A `DataLoader` with `pin_memory=True` calls it for layouts in its batches.
+
+        Raises:
+            ValueError: if the layout is not on the CPU.
+            RuntimeError: from PyTorch, where there is no accelerator to pin memory for.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"only layouts on the CPU can be pinned, this one is on {self.device}")
+        return self._with_tensors(Tensor.pin_memory)
+
     @outside_inference_mode
-    def to(self, device: torch.device | str) -> PrefixLayout:
-        """Returns the same layout with its tensors on `device`."""
-        return replace(
-            self,
-            cu_seqlens=self.cu_seqlens.to(device),
-            parents=self.parents.to(device),
-            position_ids=self.position_ids.to(device),
-            subtree_end=self.subtree_end.to(device),
-            query_rows=self.query_rows.to(device),
-        )
+    def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> PrefixLayout:
+        """The same layout with other copies of the tensors that live on its device."""
+        names = ("cu_seqlens", "parents", "position_ids", "subtree_end", "query_rows")
+        moved: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **moved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: the fields, not what is derived from them on first use."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @outside_inference_mode
     def queries_for(self, segments: Sequence[int] | Tensor) -> PrefixLayout:
@@ -373,9 +406,10 @@ class PrefixLayout:
 
     # ---- moving data ----------------------------------------------------------------------------
 
+    @outside_inference_mode
     def sequence_rows(self, i: int) -> Tensor:
         """Packed rows of sequence i from root to leaf: (L_i,) int64."""
-        if not isinstance(i, (int, np.integer)) or not 0 <= i < self.num_sequences:
+        if not _is_integer(i) or not 0 <= i < self.num_sequences:
             raise ValueError(f"sequence {i!r} does not exist, there are {self.num_sequences}")
         return torch.from_numpy(self._path_rows[i]).to(self.device)
 
@@ -389,8 +423,13 @@ class PrefixLayout:
             (T, ...). A shared row is taken from the first sequence that holds it.
 
         Raises:
-            ValueError: if the number of sequences or the length of one is wrong.
+            ValueError: if the number of sequences or the length of one is wrong, or they differ in
+                device or further dimensions.
         """
+        if not isinstance(sequences, (Sequence, Tensor)) or isinstance(sequences, (str, bytes)):
+            raise ValueError(
+                f"sequences must be a list of tensors, one per sequence, got {_shown(sequences)}"
+            )
         if len(sequences) != self.num_sequences:
             raise ValueError(f"expected {self.num_sequences} sequences, got {len(sequences)}")
         for i, (x, rows) in enumerate(zip(sequences, self._path_rows, strict=True)):
@@ -398,6 +437,13 @@ class PrefixLayout:
                 raise ValueError(f"sequence {i} must be a tensor, got {type(x).__name__}")
             if x.dim() == 0 or x.shape[0] != len(rows):
                 raise ValueError(f"sequence {i} must have {len(rows)} tokens, got {tuple(x.shape)}")
+            like = sequences[0]
+            if x.shape[1:] != like.shape[1:] or x.device != like.device:
+                raise ValueError(
+                    "sequences must agree in their device and in their dimensions but the first, "
+                    f"got {tuple(like.shape)} on {like.device} and, in sequence {i}, "
+                    f"{tuple(x.shape)} on {x.device}"
+                )
         if not len(sequences):
             raise ValueError("an empty layout has nothing to pack")
         return torch.cat(list(sequences))[self._first_slots]
@@ -407,6 +453,8 @@ class PrefixLayout:
 
         Differentiable: the gradient of a shared row is summed over the sequences that hold it.
         """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[0] != self.num_tokens:
             raise ValueError(f"x must have shape ({self.num_tokens}, ...), got {tuple(x.shape)}")
         lengths = [len(rows) for rows in self._path_rows]
@@ -431,6 +479,7 @@ class PrefixLayout:
 
     # ---- the attention rule ---------------------------------------------------------------------
 
+    @outside_inference_mode
     def materialize(self, *, window_size: int | None = None, prefix_causal: bool = True) -> Tensor:
         """The dense (Tq, T) bool mask, True where query attends key: slow, for tests."""
         keep = self.mask_mod(window_size=window_size, prefix_causal=prefix_causal)
@@ -449,10 +498,13 @@ class PrefixLayout:
             prefix_causal: False lets the rows of a segment that others continue see all of it.
 
         Raises:
-            ValueError: if window_size is less than 1.
+            ValueError: if window_size is not a positive integer, or prefix_causal not a bool.
         """
-        if window_size is not None and window_size < 1:
-            raise ValueError(f"window_size must be at least 1 or None, got {window_size}")
+        if window_size is not None and not (_is_integer(window_size) and window_size >= 1):
+            raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
+        if not isinstance(prefix_causal, (bool, np.bool_)):
+            raise ValueError(f"prefix_causal must be True or False, got {prefix_causal!r}")
+        window_size = None if window_size is None else int(window_size)
         subtree_end, position = self.subtree_end, self.position_ids
         rows = self.query_rows if self.num_queries < self.num_tokens else None
         seen_from = None if prefix_causal else self._seen_from
@@ -560,6 +612,23 @@ class PrefixLayout:
         )
 
 
+def _device(device: Any) -> torch.device:
+    """The device that a caller names, which a dtype or a tensor does not."""
+    try:
+        return torch.device(int(device) if isinstance(device, np.integer) else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a device or its name, got {device!r}") from error
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """The value as a message shows it: some of it, where it is long."""
+    return reprlib.repr(value)
+
+
 def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
     """Checks integers against `least` and returns them as int64."""
     if isinstance(values, Tensor):
@@ -567,9 +636,9 @@ def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
     try:
         raw = np.asarray(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} must be a flat list of integers, got {values!r}") from error
+        raise ValueError(f"{name} must be a flat list of integers, got {_shown(values)}") from error
     if raw.ndim != 1:
-        raise ValueError(f"{name} must be a flat list of integers, got {values!r}")
+        raise ValueError(f"{name} must be a flat list of integers, got {_shown(values)}")
     if raw.size == 0:
         return np.empty(0, dtype=np.int64)
     if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= INT64_MAX:

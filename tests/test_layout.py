@@ -1,7 +1,12 @@
 """PrefixLayout against definitions that walk every path by hand."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
+import re
 import tracemalloc
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -338,17 +343,121 @@ def test_to_moves_every_tensor(device):
     assert (layout.num_tokens, layout.num_sequences, layout.num_groups) == (10, 2, 1)
 
 
-def test_mask_of_no_window_is_refused():
-    with pytest.raises(ValueError, match="window_size must be at least 1 or None, got 0"):
-        PrefixLayout.from_tree(*TREE).materialize(window_size=0)
+@pytest.mark.parametrize("window", [0, -3, 1.5, np.float64(2), True, "2", np.array([1, 2])])
+@pytest.mark.parametrize("method", ["mask_mod", "materialize"])
+def test_mask_refuses_other_windows(method, window):
+    message = f"window_size must be a positive integer or None, got {window!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(PrefixLayout.from_tree(*TREE), method)(window_size=window)
 
 
-def test_layout_made_in_inference_mode_can_be_trained_with():
+@pytest.mark.parametrize("method", ["mask_mod", "materialize"])
+def test_mask_refuses_other_flags(method):
+    with pytest.raises(ValueError, match="prefix_causal must be True or False, got 'no'"):
+        getattr(PrefixLayout.from_tree(*TREE), method)(prefix_causal="no")
+
+
+def test_methods_take_integers_and_flags_of_numpy():
+    layout = PrefixLayout.from_tree(np.array(TREE[0], dtype=np.uint8), [*map(np.int16, TREE[1])])
+    expected = PrefixLayout.from_tree(*TREE)
+    options = {"window_size": np.int32(3), "prefix_causal": np.bool_(False)}
+    plain = {"window_size": 3, "prefix_causal": False}
+    assert torch.equal(layout.materialize(**options), expected.materialize(**plain))
+    some = layout.queries_for(np.array([2, 1], dtype=np.int8))
+    assert torch.equal(some.query_rows, expected.queries_for([1, 2]).query_rows)
+    rows = layout.sequence_rows(np.uint16(1))
+    assert torch.equal(rows, expected.sequence_rows(1))
+    groups = PrefixLayout.from_lengths(np.array([3, 2]), np.array([[2, 1], [4, 0]]))
+    assert groups.segments[0].tolist() == [3, 2, 1, 2, 4, 0]
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def test_layouts_made_in_inference_mode_can_be_trained_with():
     with torch.inference_mode():
-        layout = PrefixLayout.from_tree(*TREE).to("cpu").queries_for([0, 1])
-        derived = (layout.predictor_index, layout._all_rows, layout._first_slots, layout._seen_from)
-    tensors = [x for x in vars(layout).values() if isinstance(x, torch.Tensor)]
-    assert not any(x.is_inference() for x in (*tensors, *derived))
+        ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+        made = [
+            PrefixLayout.from_tree(*TREE).to("cpu").queries_for([0, 1]),
+            *PrefixLayout.from_sequences(ids, "cpu"),
+            *PrefixLayout.from_padded(ids, torch.ones_like(ids)),
+        ]
+        layouts = [x for x in made if isinstance(x, PrefixLayout)]
+        for layout in layouts:
+            made += [layout.sequence_rows(0), layout.materialize()]
+            # All that is derived on first use.
+            for name, member in vars(PrefixLayout).items():
+                if isinstance(member, cached_property):
+                    getattr(layout, name)
+    found = list(_tensors([*made, *(list(vars(x).values()) for x in layouts)]))
+    assert len(found) > 40
+    assert not any(x.is_inference() for x in found)
+    weight = torch.ones(4, requires_grad=True)
+    weight[made[2].clamp(max=3)].sum().backward()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_of_used_layouts_hold_the_fields_alone(copied):
+    layout = PrefixLayout.from_lengths([50, 0], [[9] * 40, [3, 0]]).queries_for([0, 1, 2])
+    fresh = len(pickle.dumps(layout))
+    layout.unpack(torch.zeros(layout.num_tokens))
+    layout.materialize(prefix_causal=False)
+    assert layout.predictor_index.numel() < layout.repeated_tokens
+    assert len(pickle.dumps(layout)) == fresh
+    other = copied(layout)
+    assert set(vars(other)) == {field.name for field in dataclasses.fields(PrefixLayout)}
+    for name, value in vars(other).items():
+        mine = getattr(layout, name)
+        assert torch.equal(value, mine) if isinstance(value, torch.Tensor) else value == mine
+    assert torch.equal(other.predictor_index, layout.predictor_index)
+    assert torch.equal(other.materialize(), layout.materialize())
+
+
+def test_to_and_pin_memory_copy_every_tensor_of_the_device(monkeypatch):
+    asked = []
+
+    def pin(x):
+        asked.append(x.data_ptr())
+        return x.clone()
+
+    def to(x, device, non_blocking=False):
+        asked.append((x.data_ptr(), device, non_blocking))
+        return x.clone()
+
+    layout = PrefixLayout.from_tree(*TREE)
+    names = ("cu_seqlens", "parents", "position_ids", "subtree_end", "query_rows")
+    pointers = [getattr(layout, name).data_ptr() for name in names]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    pinned = layout.pin_memory()
+    assert asked == pointers
+    asked.clear()
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = pinned.to("cpu", non_blocking=True)
+    monkeypatch.undo()
+    pointers = [getattr(pinned, name).data_ptr() for name in names]
+    assert asked == [(pointer, torch.device("cpu"), True) for pointer in pointers]
+    assert torch.equal(moved.materialize(), layout.materialize())
+
+
+def test_pin_memory_refuses_other_devices():
+    with pytest.raises(ValueError, match="only layouts on the CPU can be pinned, this one is on m"):
+        PrefixLayout.from_tree(*TREE, device="meta").pin_memory()
+
+
+@pytest.mark.parametrize("device", [torch.float16, "gpu", None, 1.5, torch.ones(2)])
+def test_to_refuses_what_is_no_device(device):
+    with pytest.raises(ValueError, match=re.escape(f"or its name, got {device!r}")):
+        PrefixLayout.from_tree(*TREE).to(device)
+    if device is not None:
+        with pytest.raises(ValueError, match=re.escape(f"or its name, got {device!r}")):
+            PrefixLayout.from_tree(*TREE, device=device)
 
 
 def test_from_tree_builds_on_the_device():
@@ -446,6 +555,10 @@ def test_from_tree_refuses(lengths, parents, message):
         ([[1], [2, -3]], r"sequences\[1\]\[1\] must be at least 0, got -3"),
         ([[1], 5], r"sequences\[1\] must be a flat list of integers, got 5"),
         ([[1, NAN]], r"sequences\[0\] must hold integers, got nan"),
+        (5, r"sequences must be lists of token ids, got 5"),
+        (None, r"sequences must be lists of token ids, got None"),
+        ("abc", r"sequences must be lists of token ids, got 'abc'"),
+        ([[[1] * 999] * 999], r"sequences\[0\] must be a flat list of integers, got .{9,200}$"),
     ],
 )
 def test_from_sequences_refuses(sequences, message):
@@ -472,6 +585,16 @@ def test_from_sequences_refuses(sequences, message):
             torch.ones(1, 2),
             r"input_ids\[0\]\[1\] must be at least 0, got -1",
         ),
+        (
+            torch.ones(1, 2, dtype=torch.bool),
+            torch.ones(1, 2),
+            r"integer .* got torch.bool \(1, 2\)",
+        ),
+        (
+            torch.ones(1, 2) * 1j,
+            torch.ones(1, 2),
+            r"integer tensor .* got torch.complex64 \(1, 2\)",
+        ),
         ([[1]], torch.ones(1, 1), "input_ids must be a tensor, got list"),
         (torch.tensor([[1]]), None, "attention_mask must be a tensor, got NoneType"),
         (torch.tensor([[1]]), torch.ones(1, 1, device="meta"), "one device, got cpu and meta"),
@@ -482,9 +605,9 @@ def test_from_padded_refuses(ids, mask, message):
         PrefixLayout.from_padded(ids, mask)
 
 
-@pytest.mark.parametrize("i", [-1, 2, 0.5, "a"])
+@pytest.mark.parametrize("i", [-1, 2, 0.5, "a", True, np.float32(1), None])
 def test_sequence_rows_refuses_unknown_sequences(i):
-    with pytest.raises(ValueError, match=f"sequence {i!r} does not exist, there are 2"):
+    with pytest.raises(ValueError, match=re.escape(f"sequence {i!r} does not exist, there are 2")):
         PrefixLayout.from_tree(*TREE).sequence_rows(i)
 
 
@@ -498,6 +621,14 @@ def test_pack_refuses_wrong_sequences():
         layout.pack([torch.zeros(()), torch.zeros(7)])
     with pytest.raises(ValueError, match="sequence 0 must be a tensor, got list"):
         layout.pack([[1] * 7, torch.zeros(7)])
+    with pytest.raises(ValueError, match=r"sequences must be a list of tensors.*, got 5"):
+        layout.pack(5)
+    message = r"got \(7, 2\) on cpu and, in sequence 1, \(7, 3\) on cpu"
+    with pytest.raises(ValueError, match=message):
+        layout.pack([torch.zeros(7, 2), torch.zeros(7, 3)])
+    message = r"got \(7,\) on cpu and, in sequence 1, \(7,\) on meta"
+    with pytest.raises(ValueError, match=message):
+        layout.pack([torch.zeros(7), torch.zeros(7, device="meta")])
     with pytest.raises(ValueError, match="an empty layout has nothing to pack"):
         PrefixLayout.from_lengths([], []).pack([])
 
@@ -506,3 +637,23 @@ def test_pack_refuses_wrong_sequences():
 def test_unpack_refuses_wrong_rows(shape):
     with pytest.raises(ValueError, match=r"x must have shape \(10, \.\.\.\), got \("):
         PrefixLayout.from_tree(*TREE).unpack(torch.zeros(shape))
+
+
+def test_unpack_refuses_what_is_no_tensor():
+    with pytest.raises(ValueError, match="x must be a tensor, got list"):
+        PrefixLayout.from_tree(*TREE).unpack([0.0] * 10)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (1, "segments must be a flat list of integers, got 1"),
+        ([0.0], r"segments must hold integers, got 0.0 at segments\[0\]"),
+        ([True], r"segments must hold integers, got True"),
+        ([-1], r"segments\[0\] must be at least 0, got -1"),
+        ([0, 4], "segments must be less than 4, the number of segments, got 4"),
+    ],
+)
+def test_queries_for_refuses(segments, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_tree(*TREE).queries_for(segments)
