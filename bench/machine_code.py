@@ -835,8 +835,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if not re.fullmatch(r"\d+(/\d+)?", size):
             parser.error(f"--head-dim must be D or D/DV, such as 192/128, got {size!r}")
         for head_dim in size.split("/"):
-            if not 16 <= int(head_dim) <= 256:
-                parser.error(f"--head-dim must be in 16..256, got {head_dim}")
+            if not 1 <= int(head_dim) <= 256:
+                parser.error(f"--head-dim must be in 1..256, got {head_dim}")
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {options.json}")
     options.programs = quick() if options.quick else everything()

@@ -24,7 +24,7 @@ OPTIONS = {
     "sinks": "a learned logit in the denominator",
     "prefix_causal": "`False`: prefixes see themselves whole",
     "queries_for": "queries for some segments, keys for all",
-    "value dims": "DV other than D, any size from 16 to 256",
+    "value dims": "DV other than D, any size from 1 to 512 (triton: 256)",
     "LSE gradient": "`return_lse=True`, differentiable",
 }
 

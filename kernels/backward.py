@@ -35,6 +35,7 @@ from prefix_attn.kernels.primitives import (
     load_full,
     load_masked,
     needs_accurate_tanh,
+    padded_dim,
     row_floor,
     scalar_argument,
     store_masked,
@@ -487,7 +488,7 @@ def launch_backward(
     """
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, head_dim_v = k.shape[1], v.shape[2]
-    block_d, block_dv = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim_v)
+    block_d, block_dv = padded_dim(head_dim), padded_dim(head_dim_v)
     acc, tl_acc = accumulator(q.dtype), triton_accumulator(q.dtype)
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)

@@ -142,6 +142,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def padded_dim(size: int) -> int:
+    """Columns of a tile: a power of two, and at least the 16 that a product of tiles needs."""
+    return max(16, triton.next_power_of_2(size))
+
+
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
     """`accumulator` as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32

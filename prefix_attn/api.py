@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefix_attn import triton_backend
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.ops import BACKENDS, PrefixAttention
 from prefix_attn.reference import reference_attention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+# Of all backends together; `max_head_dim` knows those of a device.
+MIN_HEAD_DIM, MAX_HEAD_DIM = 1, 512
 
 
 @overload
@@ -75,10 +77,11 @@ def prefix_attention(
     shared row is the sum over all sequences that share it.
 
     Args:
-        q: (Tq, Hq, D) queries on the packed axis, Tq = T but for `layout.queries_for`; D from 16
-            to 256. Strides are free except that the last dimension is contiguous.
+        q: (Tq, Hq, D) queries on the packed axis, Tq = T but for `layout.queries_for`; D from 1
+            to 512, in backend "triton" to 256. Strides are free except that the last dimension is
+            contiguous.
         k: (T, Hkv, D) keys; Hq is a multiple of Hkv.
-        v: (T, Hkv, DV) values; DV from 16 to 256.
+        v: (T, Hkv, DV) values; DV is in the same range as D.
         layout: where the segments lie, T tokens, on the device of q.
         scale: factor of the scores, `D ** -0.5` by default.
         window_size: a query sees this many keys back on its path, itself included (positions, not
@@ -136,7 +139,7 @@ def prefix_attention(
         )
         if used
     ]
-    backend = choose_backend(backend, q.device.type, q.dtype, options)
+    backend = choose_backend(backend, q.device.type, q.dtype, options, (q.shape[2], v.shape[2]))
     if backend == "reference":
         out, lse = reference_attention(
             q,
@@ -166,8 +169,17 @@ def prefix_attention(
     return (out, lse) if return_lse else out
 
 
+def max_head_dim(device_type: str) -> int:
+    """The largest D and DV that backend "auto" serves on devices of a type."""
+    return triton_backend.MAX_HEAD_DIM if device_type == "cuda" else MAX_HEAD_DIM
+
+
 def choose_backend(
-    backend: str, device_type: str, dtype: torch.dtype, options: Sequence[str] = ()
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    options: Sequence[str] = (),
+    head_dims: Sequence[int] = (),
 ) -> str:
     """Returns the backend that serves a call.
 
@@ -176,29 +188,37 @@ def choose_backend(
         device_type: such as "cuda" or "cpu".
         dtype: dtype of q, k and v.
         options: names of the options in use.
+        head_dims: D and DV, or nothing to ask for heads of any size that all backends serve.
 
     Raises:
         ValueError: if there is no such backend.
         NotImplementedError: if it can't serve the call, with the reason of every backend.
     """
     names = [*BACKENDS, "reference"]
+    call = (device_type, dtype, options, head_dims)
     if backend not in ("auto", *names):
         raise ValueError(f"backend must be one of {['auto', *names]}, got {backend!r}")
     automatic = {"cuda": ["triton"], "cpu": ["cpu", "reference"]}.get(device_type, [])
     for name in automatic if backend == "auto" else [backend]:
-        if _why_not(name, device_type, dtype, options) is None:
+        if _why_not(name, *call) is None:
             return name
-    reasons = [f"{name}: {_why_not(name, device_type, dtype, options) or 'can'}" for name in names]
+    reasons = [f"{name}: {_why_not(name, *call) or 'serves it'}" for name in names]
     raise NotImplementedError(
         f"backend {backend!r} can't serve this call ({device_type}, {dtype}). {'; '.join(reasons)}"
     )
 
 
-def _why_not(name: str, device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
+def _why_not(
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    options: Sequence[str],
+    head_dims: Sequence[int],
+) -> str | None:
     """The reason why a backend can't serve a call, or None."""
     if name == "reference":
         return None
-    return BACKENDS[name].why_not(device_type, dtype, options)
+    return BACKENDS[name].why_not(device_type, dtype, options, head_dims)
 
 
 def _check_tensors(

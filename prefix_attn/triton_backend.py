@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from prefix_attn.kernels.forward import ForwardTables
     from prefix_attn.kernels.options import Options
 
+# Tile shapes are chosen for head dimensions up to this one.
+MAX_HEAD_DIM = 256
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
 # Environment variable that chooses the forward kernel: triton, or gluon where that can serve.
@@ -108,12 +110,16 @@ def _any_order(options: Options) -> bool:
     )
 
 
-def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
-    """The reason why this backend can't serve a device, dtype and options in use, or None."""
+def why_not(
+    device_type: str, dtype: torch.dtype, options: Sequence[str], head_dims: Sequence[int] = ()
+) -> str | None:
+    """The reason why this backend can't serve a call, or None; see `api.choose_backend`."""
     try:
         from prefix_attn.kernels.primitives import INTERPRETED
     except ImportError as error:
         return f"Triton can't be imported ({error})"
+    if max(head_dims, default=0) > MAX_HEAD_DIM:
+        return f"head dimensions are at most {MAX_HEAD_DIM} here, got {max(head_dims)}"
     if INTERPRETED:
         return _why_not_interpreted(dtype)
     if device_type != "cuda":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import prefix_attn.ops
 from prefix_attn import PrefixLayout, cpu, prefix_attention
-from prefix_attn.api import choose_backend
+from prefix_attn.api import choose_backend, max_head_dim
 from prefix_attn.ops import BACKENDS
 from prefix_attn.testing import Inputs, assert_all, attention_results, compare_attention
 
@@ -66,13 +66,10 @@ def test_dimensions_other_than_three_raise(name: str) -> None:
             {"k": torch.zeros(7, 0, 16), "v": torch.zeros(7, 0, 16)},
             "Hq must be a positive multiple of Hkv, got Hq 4, Hkv 0",
         ),
-        ({"q": torch.zeros(7, 4, 15), "k": torch.zeros(7, 2, 15)}, "D must be 16 to 256, got 15"),
-        (
-            {"q": torch.zeros(7, 4, 257), "k": torch.zeros(7, 2, 257)},
-            "D must be 16 to 256, got 257",
-        ),
-        ({"v": torch.zeros(7, 2, 8)}, "DV must be 16 to 256, got 8"),
-        ({"v": torch.zeros(7, 2, 272)}, "DV must be 16 to 256, got 272"),
+        ({"q": torch.zeros(7, 4, 0), "k": torch.zeros(7, 2, 0)}, "D must be 1 to 512, got 0"),
+        ({"q": torch.zeros(7, 4, 513), "k": torch.zeros(7, 2, 513)}, "D must be 1 to 512, got 513"),
+        ({"v": torch.zeros(7, 2, 0)}, "DV must be 1 to 512, got 0"),
+        ({"v": torch.zeros(7, 2, 1024)}, "DV must be 1 to 512, got 1024"),
         ({"q": torch.zeros(9, 4, 16)}, "the layout has 7 tokens, q has 9"),
     ],
 )
@@ -226,7 +223,7 @@ def test_triton_on_cpu_raises_with_every_reason() -> None:
     assert "backend 'triton' can't serve this call (cpu, torch.float32)" in message
     assert "needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got cpu tensors" in message
     assert all(f"{name}: " in message for name in NAMES)
-    assert "cpu: can; reference: can" in message
+    assert "cpu: serves it; reference: serves it" in message
 
 
 @pytest.mark.parametrize(
@@ -242,7 +239,7 @@ def test_option_that_a_named_backend_lacks_raises(options: dict[str, Any], named
         call(backend="cpu", **options)
     message = str(error.value)
     assert "backend 'cpu' can't serve this call" in message
-    assert f"cpu: does not support {named}; reference: can" in message
+    assert f"cpu: does not support {named}; reference: serves it" in message
     assert all(f"{name}: " in message for name in NAMES)
 
 
@@ -275,6 +272,33 @@ def test_auto_chooses_by_device_and_options() -> None:
     assert choose_backend("auto", "cuda", torch.bfloat16) == "triton"
 
 
+@pytest.mark.parametrize("dims", [(257, 16), (16, 257), (512, 512)], ids=str)
+def test_large_heads_are_refused_by_triton_alone(dims: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    for backend in ("auto", "triton"):
+        with pytest.raises(NotImplementedError) as error:
+            choose_backend(backend, "cuda", torch.bfloat16, (), dims)
+        assert f"triton: head dimensions are at most 256 here, got {max(dims)}" in str(error.value)
+        assert all(f"{name}: " in str(error.value) for name in NAMES)
+    assert choose_backend("auto", "cpu", torch.bfloat16, (), dims) == "cpu"
+    assert choose_backend("reference", "cuda", torch.bfloat16, (), dims) == "reference"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert choose_backend("auto", "cuda", torch.bfloat16, (), (256, 1)) == "triton"
+
+
+def test_call_with_large_heads_asks_for_its_dimensions() -> None:
+    pytest.importorskip("triton")
+    q, k, v = torch.zeros(7, 4, 300), torch.zeros(7, 2, 300), torch.zeros(7, 2, 400)
+    with pytest.raises(NotImplementedError, match=r"triton: .*at most 256 here, got 400"):
+        call(q=q, k=k, v=v, backend="triton")
+    assert call(q=q, k=k, v=v).shape == (7, 4, 400)
+
+
+def test_largest_head_is_that_of_the_device() -> None:
+    assert choose_backend("auto", "cpu", torch.float32, (), [max_head_dim("cpu")]) == "cpu"
+    assert (max_head_dim("cuda"), max_head_dim("cpu")) == (256, 512)
+
+
 def test_auto_on_cpu_runs_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = cpu.forward
@@ -302,8 +326,8 @@ def test_error_inside_a_backend_propagates(backend: str, monkeypatch: pytest.Mon
 
 
 def test_backend_that_cannot_serve_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "why_not", lambda device, dtype, options: "is switched off")
-    with pytest.raises(NotImplementedError, match="cpu: is switched off; reference: can"):
+    monkeypatch.setattr(cpu, "why_not", lambda *_: "is switched off")
+    with pytest.raises(NotImplementedError, match="cpu: is switched off; reference: serves it"):
         call(backend="cpu")
     assert choose_backend("auto", "cpu", torch.float32) == "reference"
 
@@ -402,6 +426,30 @@ def test_reference_options_match_brute_force(
     reference = partial(prefix_attention, layout=layout, backend="reference", **named)
     actual = attention_results(reference, inputs)
     assert_all(compare_attention(layout, inputs, actual, exact=exact, pytorch=pytorch, **named))
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (2, 8), (8, 2), (512, 3)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_small_and_large_heads_match_brute_force(backend: str, dims: tuple[int, int]) -> None:
+    """Heads of one dimension may have any stride there."""
+    layout = PrefixLayout.from_tree([3, 2, 1, 4, 2], [-1, 0, 1, 1, 0])
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(heads: int, size: int) -> Tensor:
+        x = torch.randn(layout.num_tokens, size, heads, generator=generator, dtype=torch.float64)
+        x = x.transpose(1, 2)
+        return (x if size == 1 else x.contiguous()).requires_grad_()
+
+    leaves = [draw(4, dims[0]), draw(2, dims[0]), draw(2, dims[1])]
+    dout, dlse = torch.randn(12, 4, dims[1]).double(), torch.randn(4, 12).double()
+    actual = prefix_attention(*leaves, layout, return_lse=True, backend=backend)
+    exact = brute_force(*leaves, layout)
+    for results in zip(
+        (*actual, *torch.autograd.grad(actual, leaves, (dout, dlse))),
+        (*exact, *torch.autograd.grad(exact, leaves, (dout, dlse))),
+        strict=True,
+    ):
+        torch.testing.assert_close(*results)
 
 
 def test_window_counts_positions_not_rows() -> None:

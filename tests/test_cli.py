@@ -104,7 +104,7 @@ SHAPE = ("--prefix", "8", "--suffix", "4", "--group", "2")
         (["estimate", *SHAPE, "--suffix", "x"], "argument --suffix: must be an integer, got 'x'"),
         (["estimate", *SHAPE, "--group", "0"], "argument --group: must be at least 1, got 0"),
         (["estimate", *SHAPE, "--heads", "6", "--kv-heads", "4"], "--kv-heads, got 6 and 4"),
-        (["estimate", *SHAPE, "--head-dim", "512"], "--head-dim must be 16 to 256, got 512"),
+        (["estimate", *SHAPE, "--head-dim", "513"], "--head-dim must be 1 to 512, got 513"),
         (["estimate", *SHAPE, "--intermediate", "9"], "--intermediate 9 needs --hidden"),
         (["estimate", *SHAPE, "--plot", "x.txt"], "must end in .png, .svg, .pdf, got 'x.txt'"),
         (["estimate", *SHAPE, "--plot", "no/such/x.png"], "no/such/x.png: No such file"),

@@ -67,9 +67,10 @@ def test_cpu_matches_float64(layout: PrefixLayout, dtype: torch.dtype, lse: bool
 @pytest.mark.parametrize(
     "dims",
     # Powers of two, others, odd ones, DV on either side of D, both limits.
-    [(16, 16), (64, 64), (80, 80), (96, 96), (17, 33), (192, 128), (16, 256), (256, 256)],
+    [(16, 16), (64, 64), (80, 80), (96, 96), (17, 33), (192, 128), (16, 256), (256, 256),
+     (1, 1), (2, 8), (7, 3), (16, 512), (512, 1), (512, 512)],
     ids=str,
-)
+)  # fmt: skip
 def test_cpu_heads_and_dims_match_float64(
     dims: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -83,7 +84,7 @@ def test_cpu_heads_and_dims_match_float64(
     forest=forests(max_segments=10, max_length=21),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    dims=st.tuples(st.sampled_from([16, 24, 80, 96]), st.sampled_from([16, 40, 80])),
+    dims=st.tuples(st.sampled_from([2, 16, 24, 80, 96]), st.sampled_from([1, 16, 40, 80])),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
 def test_cpu_random_forests_match_float64(

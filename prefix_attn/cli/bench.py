@@ -285,7 +285,7 @@ def _plan(options: argparse.Namespace) -> tuple[torch.device, list[Shape]]:
             Shape(group_of(lengths), options.heads, options.kv_heads, options.head_dim, dtype)
         )
     try:
-        choose_backend("auto", device.type, DTYPES[dtype])
+        choose_backend("auto", device.type, DTYPES[dtype], head_dims=[options.head_dim])
     except NotImplementedError as error:
         raise UsageError(str(error)) from None
     return device, shapes

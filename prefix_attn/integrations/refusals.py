@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prefix_attn.api import MAX_HEAD_DIM, MIN_HEAD_DIM
+from prefix_attn.api import MIN_HEAD_DIM, max_head_dim
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
 
@@ -81,13 +81,15 @@ def why_not(backbone: PreTrainedModel) -> str | None:
 
 
 def _why_not_heads(backbone: PreTrainedModel) -> str | None:
+    device_type = backbone.device.type
+    most = max_head_dim(device_type)
     for name, module in backbone.named_modules():
         for size in HEAD_DIMS:
             value = getattr(module, size, None)
-            if isinstance(value, int) and not MIN_HEAD_DIM <= value <= MAX_HEAD_DIM:
+            if isinstance(value, int) and not MIN_HEAD_DIM <= value <= most:
                 return (
-                    f"{name} ({type(module).__name__}) has {size} {value}, served are "
-                    f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+                    f"{name} ({type(module).__name__}) has {size} {value}, on {device_type} "
+                    f"{MIN_HEAD_DIM} to {most} are served"
                 )
     return None
 

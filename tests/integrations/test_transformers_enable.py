@@ -982,10 +982,10 @@ def test_models_that_would_be_wrong_are_refused_by_name(model_type):
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("gemma4_text", {"global_head_dim": 512}, r"self_attn \(Gemma4TextAttention\).*512.*256"),
-        ("llama", {"head_dim": 8}, r"layers\.0\.self_attn .* head_dim 8, served are 16 to 256"),
-        ("deepseek_v3", {"v_head_dim": 8}, "v_head_dim 8"),
-        ("deepseek_v3", {"qk_nope_head_dim": 256}, "qk_head_dim 272"),
+        ("gemma4_text", {"global_head_dim": 528}, r"self_attn \(Gemma4TextAttention\).*528.*512"),
+        ("llama", {"head_dim": 520}, r"layers\.0\.self_attn .* head_dim 520, on meta 1 to 512"),
+        ("deepseek_v3", {"v_head_dim": 768}, "v_head_dim 768"),
+        ("deepseek_v3", {"qk_nope_head_dim": 512}, "qk_head_dim 528"),
     ],
 )
 def test_head_dimensions_that_no_backend_serves_are_refused(model_type, changes, message):
@@ -998,6 +998,19 @@ def test_head_dimensions_that_no_backend_serves_are_refused(model_type, changes,
         model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(NotImplementedError, match=message):
         prefix_attn.enable(model)
+
+
+def test_head_dimensions_that_the_device_lacks_are_refused(monkeypatch):
+    model = build(tiny_config("llama", head_dim=264))
+    monkeypatch.setattr(transformers.LlamaModel, "device", torch.device("cuda"))
+    with pytest.raises(NotImplementedError, match="head_dim 264, on cuda 1 to 256 are served"):
+        prefix_attn.enable(model)
+
+
+@pytest.mark.parametrize("head_dim", [2, 8, 512])
+def test_small_and_large_heads_match_ordinary_batches(head_dim):
+    model = build(tiny_config("llama", head_dim=head_dim))
+    assert_same_when_enabled(model, pad(rows_that_share()))
 
 
 def test_custom_attention_is_not_replaced(model):

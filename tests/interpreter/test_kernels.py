@@ -51,10 +51,17 @@ def test_triton_matches_float64(layout, dtype):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "dv"),
     [(2, 2, 16, 16), (3, 1, 80, 80), (2, 1, 96, 64), (1, 1, 192, 128), (1, 1, 17, 33),
-     (1, 1, 256, 256)],
+     (1, 1, 256, 256), (2, 1, 1, 1), (4, 2, 2, 8), (1, 1, 8, 2), (2, 1, 15, 40)],
 )  # fmt: skip
 def test_triton_serves_head_dims_and_head_groups(heads, kv_heads, d, dv):
     _check(PrefixLayout.from_lengths([19], [[7, 18]]), heads, kv_heads, d, dv, torch.float32)
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (2, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_triton_pads_small_heads_in_every_dtype(dtype, dims):
+    # The split prefix has partial sums, of unpadded rows, too.
+    _check(SPLIT, 2, 1, *dims, dtype)
 
 
 @pytest.mark.parametrize("layout", [GROUPS, TREE], ids=["groups", "tree"])
