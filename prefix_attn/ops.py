@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from prefix_attn import cpu, triton_backend
 from prefix_attn.kernels.options import Options
+from prefix_attn.schedule import forest_of
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu}
 
@@ -127,6 +130,59 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+@register_flop_formula(torch.ops.prefix_attn.forward, get_raw=True)
+def _forward_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """FLOPs of S = Q K^T and O = P V, over the pairs that the attention rule allows."""
+    pairs = _pairs(q, k, segments, window_size, prefix_causal)
+    return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
+
+
+@register_flop_formula(torch.ops.prefix_attn.backward, get_raw=True)
+def _backward_flops(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    sinks: Tensor | None,
+    segments: Tensor,
+    scale: float,
+    softcap: float | None,
+    window_size: int | None,
+    prefix_causal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """FLOPs of S, dQ and dK, each D wide, and of dP and dV, each DV wide."""
+    pairs = _pairs(q, k, segments, window_size, prefix_causal)
+    return 2 * pairs * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
+
+
+def _pairs(
+    q: Tensor, k: Tensor, segments: Tensor, window_size: int | None, prefix_causal: bool
+) -> int:
+    """Allowed (query, key) pairs; all pairs where a fake tensor hides the layout."""
+    if hasattr(segments, "to_local"):  # a DTensor, as the heads whose global shape is counted
+        segments = segments.to_local()
+    if isinstance(segments, FakeTensor) or segments.is_meta:
+        return q.shape[0] * k.shape[0]
+    return forest_of(segments.numpy().tobytes(), window_size, prefix_causal).num_pairs
 
 
 class PrefixAttentionBackward(torch.autograd.Function):

@@ -131,6 +131,17 @@ class Forest:
         is_query = np.repeat(self.has_queries, self.ends - self.starts)
         return np.concatenate([[0], np.cumsum(is_query)])
 
+    @property
+    def num_pairs(self) -> int:
+        """(query, key) pairs that attention allows."""
+        rows = self.query_rows
+        behind = self.positions[rows] + 1  # its own included
+        if self.window_size is not None:
+            behind = np.minimum(behind, self.window_size)
+        lengths = self.ends - self.starts
+        ahead = np.repeat(np.where(self.bidirectional, self.ends, 0), lengths)[rows] - 1 - rows
+        return int(behind.sum() + np.maximum(ahead, 0).sum())
+
     def segment_of(self, rows: np.ndarray) -> np.ndarray:
         """The segments that hold some packed rows."""
         filled = np.flatnonzero(self.ends > self.starts)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_attn import PrefixLayout, cpu, prefix_attention
 
@@ -385,6 +387,77 @@ def test_selective_checkpoint_keeps_attention(forward_calls: list[int]) -> None:
     assert_equal(block_gradients(checkpointed, layout), expected)
     assert len(forward_calls) == 1
     assert len(projections) == 2
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------
+
+
+def flops(run: Callable[[], Any]) -> dict[str, int]:
+    """What PyTorch's counter counts, by operator."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefix_causal": False}, {"window_size": 3}, {"window_size": 3, "prefix_causal": False}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, LAYOUTS[0].queries_for([1, 2, 6]), LAYOUTS[5].queries_for([0])], ids=repr
+)
+def test_counted_flops_are_those_of_allowed_pairs(
+    layout: PrefixLayout, options: dict[str, Any]
+) -> None:
+    """Two products forward and five backward; D 16 and DV 24 tell the products apart."""
+    pairs = int(layout.materialize(**options).sum())
+    rest = (layout.segments, 0.25, None, options.get("window_size"))
+    rest = (*rest, options.get("prefix_causal", True))
+    q, k, v = inputs(layout, grad=False)
+    q = q[layout.query_rows]
+    out, lse = torch.empty(len(q), 4, 24), torch.empty(4, len(q))
+    # The formulas alone: no backend serves all of these here.
+    registered = torch.utils.flop_counter.flop_registry
+    ops = torch.ops.prefix_attn
+    forward = registered[ops.forward](q, k, v, None, *rest, "cpu", out_val=(out, lse))
+    backward = registered[ops.backward](out, q, k, v, out, lse, None, None, *rest, "cpu", True)
+    assert forward == 4 * pairs * (2 * 16 + 2 * 24)
+    assert backward == 4 * pairs * (6 * 16 + 4 * 24)
+
+
+def test_flop_counter_counts_both_operators() -> None:
+    layout = PrefixLayout.from_lengths([64], [[16, 16]])
+    pairs = int(layout.materialize().sum())
+    forward, backward = 4 * pairs * 80, 4 * pairs * 192
+    expected = {"prefix_attn.forward": forward, "prefix_attn.backward": backward}
+    assert flops(lambda: gradients(attention_and_lse, layout)) == expected
+    block = Block()
+
+    def step() -> None:
+        x = torch.zeros(layout.num_tokens, 32, requires_grad=True)
+        checkpoint(block, x, layout, use_reentrant=False).sum().backward()
+
+    assert flops(step)["prefix_attn.forward"] == 2 * 4 * pairs * 64  # run again in the backward
+
+
+def test_flop_counter_counts_the_dense_products_of_the_reference() -> None:
+    layout = LAYOUTS[0]
+    q, k, v = inputs(layout, grad=False)
+    counted = flops(lambda: prefix_attention(q, k, v, layout, backend="reference"))
+    assert counted == {"aten.bmm": 4 * layout.num_tokens**2 * 80}
+
+
+def test_flops_of_fake_tensors_are_those_of_all_pairs() -> None:
+    """Where shapes alone are known, as to a partitioner, the count is an upper bound."""
+    layout = LAYOUTS[0]
+    q, k, v = inputs(layout, grad=False)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v, layout.segments)]
+        *tensors, segments = fakes
+        rest = (None, segments, 0.25, None, None, True, "cpu")
+        counted = flops(lambda: torch.ops.prefix_attn.forward(*tensors, *rest))
+    assert counted == {"prefix_attn.forward": 4 * layout.num_tokens**2 * 80}
 
 
 # ---- torch.compile, torch.export ------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.integrations.distributed import (
@@ -171,6 +172,19 @@ def check_sinks_are_sharded_with_their_heads(mesh: DeviceMesh) -> None:
         actual = sinks_gradient(replicate_layout(layout, mesh), leaves, sinks)
         for name, a, e, s in zip(("out", "dq", "dsinks"), actual, *results, strict=True):
             assert_within_budget(name, a.full_tensor(), e, s)
+
+
+def check_flop_counter_counts_whole_tensors(mesh: DeviceMesh) -> None:
+    """As it does for PyTorch's own operators: what all ranks do together."""
+    layout, counted = LAYOUTS[0], []
+    for replicated in (replicate_layout(layout, mesh), layout):
+        tensors = inputs(layout)
+        if replicated is not layout:
+            tensors = [distribute_tensor(x, mesh, [Shard(1)]) for x in tensors]
+        with FlopCounterMode(display=False) as counter:
+            prefix_attention(*tensors, replicated)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def check_some_queries_with_heads_sharded(mesh: DeviceMesh) -> None:
