@@ -83,10 +83,12 @@ def prefix_attention(
         k: (T, Hkv, D) keys; Hq is a multiple of Hkv.
         v: (T, Hkv, DV) values; DV is in the same range as D.
         layout: where the segments lie, T tokens, on the device of q.
-        scale: factor of the scores, `D ** -0.5` by default.
+        scale: factor of the scores, `D ** -0.5` by default; at most 2**23 in size, for float64
+            2**52.
         window_size: a query sees this many keys back on its path, itself included (positions, not
             packed rows). Not in backend "cpu".
-        softcap: scores s become `softcap * tanh(s / softcap)`. Not in backend "cpu".
+        softcap: scores s become `softcap * tanh(s / softcap)`; 5.4e-20 to 1.8e19, for float64
+            7.5e-155 to 1.3e154. Not in backend "cpu".
         sinks: (Hq,), one more logit per query head in the softmax denominator, differentiable.
         prefix_causal: False lets the rows of every segment that others continue see all of it, as
             prefix language models do; a window still ends what they see behind them.
@@ -115,6 +117,12 @@ def prefix_attention(
     """
     _check_tensors(q, k, v, layout, sinks)
     scale = q.shape[2] ** -0.5 if scale is None else _number("scale", scale)
+    precision = torch.finfo(torch.promote_types(q.dtype, torch.float32))
+    if abs(scale) * precision.eps > 1:
+        raise ValueError(
+            f"scale must be at most {1 / precision.eps:.3g} in size for {q.dtype}, got {scale}: "
+            "rounding would decide the result, and exponentials overflow to NaN"
+        )
     if isinstance(window_size, np.integer):
         window_size = int(window_size)
     if window_size is not None and (type(window_size) is not int or window_size < 1):
@@ -125,10 +133,16 @@ def prefix_attention(
         softcap = _number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not isinstance(prefix_causal, bool):
-        raise ValueError(f"prefix_causal must be True or False, got {prefix_causal!r}")
-    if deterministic is not None and not isinstance(deterministic, bool):
-        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+        largest = precision.max**0.5  # so that neither scale / softcap nor its inverse overflows
+        if not 1 / largest <= softcap <= largest:
+            raise ValueError(
+                f"softcap must be {1 / largest:.3g} to {largest:.3g} for {q.dtype}, got {softcap}: "
+                "scores would overflow to NaN"
+            )
+    prefix_causal = _flag("prefix_causal", prefix_causal)
+    return_lse = _flag("return_lse", return_lse)
+    if deterministic is not None:
+        deterministic = _flag("deterministic", deterministic, "True, False or None")
     options = [
         name
         for name, used in (
@@ -273,10 +287,19 @@ def _check_tensors(
         )
 
 
+def _flag(name: str, value: bool, allowed: str = "True or False") -> bool:
+    """A bool, also of NumPy, or an error that names the argument and its value."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return bool(value)
+
+
 def _number(name: str, value: float) -> float:
     """A finite float, or an error that names the argument and its value."""
-    if isinstance(value, (np.integer, np.floating)):
-        value = value.item()
+    if isinstance(value, np.floating):
+        value = float(value)
+    if isinstance(value, np.integer):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or None, got {type(value).__name__}")
     if not abs(value) <= sys.float_info.max:

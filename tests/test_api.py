@@ -26,16 +26,16 @@ needs_no_interpreter = pytest.mark.skipif(
 )
 
 
-def call(**changes: Any) -> Any:
-    """A right call (T 7, Hq 4, Hkv 2, D = DV = 16) with some arguments changed."""
+def call_tensors() -> dict[str, Tensor]:
+    """T 7, Hq 4, Hkv 2, D = DV = 16."""
     generator = torch.Generator().manual_seed(0)
-    arguments = {
-        "q": torch.randn(7, 4, 16, generator=generator),
-        "k": torch.randn(7, 2, 16, generator=generator),
-        "v": torch.randn(7, 2, 16, generator=generator),
-        "layout": LAYOUT,
-    }
-    return prefix_attention(**{**arguments, **changes})
+    heads = {"q": 4, "k": 2, "v": 2}
+    return {name: torch.randn(7, n, 16, generator=generator) for name, n in heads.items()}
+
+
+def call(**changes: Any) -> Any:
+    """A right call with some arguments changed."""
+    return prefix_attention(**{**call_tensors(), "layout": LAYOUT, **changes})
 
 
 def test_call_that_the_errors_start_from_is_right() -> None:
@@ -183,9 +183,62 @@ def test_sinks_other_than_tensor_raise() -> None:
         call(sinks=[0.0] * 4)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    numpy = call(scale=np.float32(0.5), softcap=np.int64(3), window_size=np.int64(2))
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.longdouble], ids=str)
+@pytest.mark.parametrize("integer", [np.int8, np.uint32, np.int64], ids=str)
+def test_numbers_of_numpy_are_numbers(number: Any, integer: Any) -> None:
+    numpy = call(scale=number(0.5), softcap=integer(3), window_size=integer(2))
     assert torch.equal(numpy, call(scale=0.5, softcap=3, window_size=2))
+    assert torch.equal(call(scale=integer(1), softcap=number(3)), call(scale=1, softcap=3))
+
+
+def test_bools_of_numpy_are_bools() -> None:
+    no, yes = np.bool_(False), np.bool_(True)
+    out, _ = call(prefix_causal=no, return_lse=yes, deterministic=no)
+    assert torch.equal(out, call(prefix_causal=False))
+    assert torch.equal(call(prefix_causal=yes, return_lse=no), call())
+
+
+LARGEST_SCALE = {torch.bfloat16: 2.0**23, torch.float32: 2.0**23, torch.float64: 2.0**52}
+
+
+@pytest.mark.parametrize("dtype", LARGEST_SCALE, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scale_that_overflows_raises(sign: int, dtype: torch.dtype) -> None:
+    """The largest one that is taken gives no NaN, in gradients neither; more is refused."""
+    tensors = {name: call_tensors()[name].to(dtype) for name in "qkv"}
+    largest = sign * LARGEST_SCALE[dtype]
+    for backend in ("cpu", "reference"):
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        results = call(**leaves, scale=largest, backend=backend, return_lse=True)
+        grads = torch.autograd.grad(results[0].sum() + results[1].sum(), list(leaves.values()))
+        assert all(x.isfinite().all() for x in (*results, *grads))
+    for scale in (1.5 * largest, 1e38 * largest):
+        message = f"scale must be at most {abs(largest):.3g} in size for {dtype}, got {scale}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(**tensors, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", LARGEST_SCALE, ids=str)
+def test_softcap_that_overflows_raises(dtype: torch.dtype) -> None:
+    tensors = {name: call_tensors()[name].to(dtype) for name in "qkv"}
+    largest = 1.3e154 if dtype == torch.float64 else 1.8e19
+    for softcap in (largest, 1 / largest):
+        for scale in (0.25, LARGEST_SCALE[dtype]):
+            leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+            results = call(**leaves, softcap=softcap, scale=scale, return_lse=True)
+            grads = torch.autograd.grad(results[0].sum() + results[1].sum(), list(leaves.values()))
+            assert all(x.isfinite().all() for x in (*results, *grads))
+    for softcap in (1.5 * largest, 0.5 / largest, 1e-320):
+        message = f"for {dtype}, got {softcap}: scores would overflow to NaN"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(**tensors, softcap=softcap)
+
+
+@pytest.mark.parametrize("value", [0, None, "yes", torch.ones(2)])
+def test_bad_return_lse_raises(value: Any) -> None:
+    message = f"return_lse must be True or False, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(return_lse=value)
 
 
 @pytest.mark.parametrize("value", [0, None, torch.ones(2)])

@@ -64,6 +64,19 @@ def test_triton_pads_small_heads_in_every_dtype(dtype, dims):
     _check(SPLIT, 2, 1, *dims, dtype)
 
 
+@pytest.mark.parametrize("softcap", [None, 1e-19, 1e19], ids=str)
+@pytest.mark.parametrize("scale", [2.0**23, -(2.0**23)], ids=str)
+def test_triton_takes_the_largest_scale_without_nan(scale, softcap):
+    q, k, v, dout = _inputs(SPLIT, 2, 1, 16, 16, torch.float32)
+    options = {"scale": scale, "softcap": softcap}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = prefix_attention(*leaves, SPLIT, return_lse=True, backend="triton", **options)
+    exact = prefix_attention(*(x.double() for x in leaves), SPLIT, backend="reference", **options)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    for x in (lse, *torch.autograd.grad(out, leaves, dout)):
+        assert x.isfinite().all()
+
+
 @pytest.mark.parametrize("layout", [GROUPS, TREE], ids=["groups", "tree"])
 @pytest.mark.parametrize("fused", [False, True], ids=["own tensors", "views that are copied"])
 def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
