@@ -177,8 +177,8 @@ def prefix_attention(
             softcap,
             window_size,
             prefix_causal,
-            backend,
             deterministic is not False,
+            backend,
         )
     return (out, lse) if return_lse else out
 

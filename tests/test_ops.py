@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefix_attn import PrefixLayout, cpu, prefix_attention
+from prefix_attn.kernels.options import Options
 
 LAYOUTS = [
     PrefixLayout.from_lengths([5, 3], [[2, 4], [1, 0, 7]]),  # ragged, an empty suffix
@@ -123,13 +125,13 @@ def test_operators_pass_opcheck(layout: PrefixLayout, dtype: torch.dtype) -> Non
     q, k, v = inputs(layout, dtype, grad=False)
     forward = torch.ops.prefix_attn.forward.default
     backward = torch.ops.prefix_attn.backward.default
-    rest = (layout.segments, 0.25, None, None, True, "cpu")
+    rest = (layout.segments, 0.25, None, None, True, True, "cpu")
     for sinks, has_dlse in ((None, False), (torch.zeros(4), True)):
         torch.library.opcheck(forward, (q, k, v, sinks, *rest))
         out, lse = forward(q, k, v, sinks, *rest)
         dlse = torch.randn_like(lse) if has_dlse else None
         saved = (q, k, v, out, lse, dlse, sinks, *rest)
-        torch.library.opcheck(backward, (torch.randn_like(out), *saved, True))
+        torch.library.opcheck(backward, (torch.randn_like(out), *saved))
 
 
 def test_operators_pass_opcheck_on_strided_inputs() -> None:
@@ -137,12 +139,12 @@ def test_operators_pass_opcheck_on_strided_inputs() -> None:
     layout = LAYOUTS[0]
     q, k, v = torch.randn(layout.num_tokens, 8, 16).split([4, 2, 2], dim=1)
     forward = torch.ops.prefix_attn.forward.default
-    rest = (None, layout.segments, 0.25, None, None, True, "cpu")
+    rest = (None, layout.segments, 0.25, None, None, True, True, "cpu")
     torch.library.opcheck(forward, (q, k, v, *rest))
     out, lse = forward(q, k, v, *rest)
     dout = torch.ones(()).expand_as(out)
     torch.library.opcheck(
-        torch.ops.prefix_attn.backward.default, (dout, q, k, v, out, lse, None, *rest, True)
+        torch.ops.prefix_attn.backward.default, (dout, q, k, v, out, lse, None, *rest)
     )
 
 
@@ -152,9 +154,17 @@ def test_operators_have_no_default_arguments() -> None:
         assert not [x.name for x in op._schema.arguments if x.has_default_value()]
 
 
+def test_operators_take_the_fields_of_options() -> None:
+    """In their order: both build `Options` from what stands between the tensors and the backend."""
+    names = [field.name for field in fields(Options)]
+    for op in (torch.ops.prefix_attn.forward.default, torch.ops.prefix_attn.backward.default):
+        arguments = [x.name for x in op._schema.arguments]
+        assert arguments[arguments.index("segments") + 1 :] == [*names, "backend"]
+
+
 def test_operator_refuses_layout_for_other_tokens() -> None:
     q, k, v = inputs(LAYOUTS[0], grad=False)
-    rest = (0.25, None, None, True, "cpu")
+    rest = (0.25, None, None, True, True, "cpu")
     with pytest.raises(ValueError, match=r"the layout has 12 rows of q, got \(22, 4, 16\)"):
         torch.ops.prefix_attn.forward(q, k, v, None, LAYOUTS[1].segments, *rest)
     with pytest.raises(ValueError, match=r"the layout has 12 rows of k, got \(22, 2, 16\)"):
@@ -413,15 +423,15 @@ def test_counted_flops_are_those_of_allowed_pairs(
     """Two products forward and five backward; D 16 and DV 24 tell the products apart."""
     pairs = int(layout.materialize(**options).sum())
     rest = (layout.segments, 0.25, None, options.get("window_size"))
-    rest = (*rest, options.get("prefix_causal", True))
+    rest = (*rest, options.get("prefix_causal", True), True, "cpu")
     q, k, v = inputs(layout, grad=False)
     q = q[layout.query_rows]
     out, lse = torch.empty(len(q), 4, 24), torch.empty(4, len(q))
     # The formulas alone: no backend serves all of these here.
     registered = torch.utils.flop_counter.flop_registry
     ops = torch.ops.prefix_attn
-    forward = registered[ops.forward](q, k, v, None, *rest, "cpu", out_val=(out, lse))
-    backward = registered[ops.backward](out, q, k, v, out, lse, None, None, *rest, "cpu", True)
+    forward = registered[ops.forward](q, k, v, None, *rest, out_val=(out, lse))
+    backward = registered[ops.backward](out, q, k, v, out, lse, None, None, *rest, out_val=())
     assert forward == 4 * pairs * (2 * 16 + 2 * 24)
     assert backward == 4 * pairs * (6 * 16 + 4 * 24)
 
@@ -455,7 +465,7 @@ def test_flops_of_fake_tensors_are_those_of_all_pairs() -> None:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v, layout.segments)]
         *tensors, segments = fakes
-        rest = (None, segments, 0.25, None, None, True, "cpu")
+        rest = (None, segments, 0.25, None, None, True, True, "cpu")
         counted = flops(lambda: torch.ops.prefix_attn.forward(*tensors, *rest))
     assert counted == {"prefix_attn.forward": 4 * layout.num_tokens**2 * 80}
 
