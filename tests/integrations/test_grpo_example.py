@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import prefix_attn
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "grpo.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo.py"
 
 
 @pytest.fixture(scope="module")

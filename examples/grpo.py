@@ -5,7 +5,7 @@ random weights, writes the letters that follow it in the alphabet. The reward is
 written letters that follow the one before. Both runs take the same steps, so their curves coincide;
 what differs is the time.
 
-    python docs/examples/grpo.py --steps 40 --output grpo.png
+    python examples/grpo.py --steps 40 --output grpo.png
 
 Needs `pip install prefix-attn[hf]`, matplotlib and tqdm. Runs on a CPU in a few minutes.
 """
