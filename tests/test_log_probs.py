@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -271,6 +272,9 @@ def test_log_probs_default_chunk_is_bounded(monkeypatch):
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
         ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": 1e-320}, r"temperature must be 1e-154 to .* torch.float64, got 1e-320"),
+        ({"softcap": 1e300}, r"softcap must be 1e-154 to 7e\+153 for values of .*, got 1e\+300"),
+        ({"softcap": math.nan}, "softcap must be positive and finite, got nan"),
         ({"softcap": 0}, "softcap must be positive and finite, got 0"),
         ({"chunk_size": 0}, "chunk_size must be a positive integer or None, got 0"),
         ({"chunk_size": 2.0}, "chunk_size must be a positive integer or None, got 2.0"),
@@ -286,8 +290,24 @@ def test_log_probs_refuse_wrong_values(change, message):
         token_log_probs(**(inputs() | change))
 
 
+def test_log_probs_take_numbers_of_numpy():
+    x = inputs()
+    numpy = {"temperature": np.float32(0.5), "softcap": np.int64(2), "chunk_size": np.int32(7)}
+    actual = token_log_probs(**x, **numpy)
+    assert torch.equal(actual, token_log_probs(**x, temperature=0.5, softcap=2, chunk_size=7))
+
+
+@pytest.mark.parametrize("option", ["temperature", "softcap"])
+@pytest.mark.parametrize(("end", "beyond"), [(1.1e-19, 1e-19), (9e18, 1e19)])
+def test_log_probs_are_finite_at_the_ends_of_the_options(option, end, beyond):
+    x = run(chunked, inputs(torch.float32), **{option: end})
+    assert all(value.isfinite().all() for value in x.values())
+    with pytest.raises(ValueError, match=f"{option} must be 1e-19 to 9e.18 for values of"):
+        chunked(**inputs(torch.float32), **{option: beyond})
+
+
 def test_log_probs_refuse_wrong_types():
-    with pytest.raises(TypeError, match="temperature must be a number, got str"):
+    with pytest.raises(TypeError, match="temperature must be a number, got str 'hot'"):
         token_log_probs(**inputs(), temperature="hot")
     with pytest.raises(TypeError, match="targets must be a tensor, got list"):
         token_log_probs(**(inputs() | {"targets": [1, 2]}))
@@ -390,6 +410,18 @@ def test_completion_log_probs_refuse_wrong_prompts(prompt_lens, message):
     layout, ids, hidden, weight = packed_inputs()
     with pytest.raises(ValueError, match=message):
         completion_log_probs(hidden, weight, ids, layout, prompt_lens)
+
+
+@pytest.mark.parametrize("prompts", [np.array(PROMPTS), torch.tensor(PROMPTS), tuple(PROMPTS)])
+def test_completion_log_probs_take_any_integers(prompts):
+    layout, ids, hidden, weight = packed_inputs()
+    expected = completion_log_probs(hidden, weight, ids, layout, PROMPTS)
+    actual = completion_log_probs(hidden, weight, ids, layout, prompts)
+    assert torch.equal(actual.log_probs, expected.log_probs)
+    one = completion_log_probs(hidden, weight, ids, layout, np.int64(1))
+    assert one.mask.sum(1).tolist() == [5, 4, 6, 2, 1]
+    with pytest.raises(TypeError, match=r"prompt_lens\[1\] must be an integer, got float 4.5"):
+        completion_log_probs(hidden, weight, ids, layout, [4, 4.5, 4, 2, 2])
 
 
 def test_packed_log_probs_refuse_what_does_not_fit():

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from prefix_attn.layout import PrefixLayout
-from prefix_attn.losses.checks import positive
+from prefix_attn.losses.checks import (
+    integers,
+    is_integer,
+    positive,
+    tensors_on_one_device,
+)
+from prefix_attn.losses.pieces import right_padded
 
 # Logits that are held at a time, unless `chunk_size` says otherwise: what the caches of a CPU hold,
 # or 64 MiB of float32.
@@ -95,14 +101,15 @@ def token_log_probs(
         torch.Size([2, 5])
     """
     _check_head(hidden, weight, targets, bias)
-    temperature = positive("temperature", temperature)
-    softcap = None if softcap is None else positive("softcap", softcap)
+    dtype = _sum_dtype(hidden, weight)
+    temperature = positive("temperature", temperature, dtype)
+    softcap = None if softcap is None else positive("softcap", softcap, dtype)
     if chunk_size is None:
         limit = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS
         chunk_size = max(MIN_CHUNK_SIZE, limit // max(1, targets.numel()))
-    elif type(chunk_size) is not int or chunk_size < 1:
+    elif not is_integer(chunk_size) or int(chunk_size) < 1:
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    head = _Head(temperature, softcap, chunk_size, bool(return_entropy))
+    head = _Head(temperature, softcap, int(chunk_size), bool(return_entropy))
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     log_probs, entropy, _, _ = _TokenLogProbs.apply(rows, weight, bias, ids, head)
     log_probs = log_probs.reshape(targets.shape)
@@ -185,7 +192,7 @@ def completion_log_probs(
     """
     _check_packed(hidden, ids, layout)
     count, tokens = layout.num_sequences, layout.num_tokens
-    starts = [prompt_lens] * count if isinstance(prompt_lens, int) else list(prompt_lens)
+    starts = integers("prompt_lens", prompt_lens, count)
     if len(starts) != count:
         raise ValueError(
             f"prompt_lens must have one entry per sequence, {count}, got {len(starts)}"
@@ -198,7 +205,7 @@ def completion_log_probs(
                 f"{i} of {len(path)} tokens"
             )
     rows = [path[start:] for start, path in zip(starts, paths, strict=True)]
-    index, mask = _right_padded(rows, layout.device)
+    index, mask = right_padded(rows, layout.device)
     wanted = index[mask].unique()
     predictor = torch.zeros(tokens, dtype=torch.int64, device=layout.device)
     predictor[layout.target_index] = layout.predictor_index
@@ -214,16 +221,6 @@ def completion_log_probs(
     if isinstance(result, tuple):
         return Completions(spread(result[0]), mask, spread(result[1]))
     return Completions(spread(result), mask, None)
-
-
-def _right_padded(rows: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ragged rows as (N, L), padded with zeros, and the mask of what is not padding."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
-    longest = max((len(row) for row in rows), default=0)
-    index = torch.zeros(len(rows), longest, dtype=torch.int64, device=device)
-    for i, row in enumerate(rows):
-        index[i, : len(row)] = row
-    return index, torch.arange(longest, device=device) < lengths[:, None]
 
 
 # ---- log-probabilities in slices of the vocabulary ----------------------------------------------
@@ -407,15 +404,9 @@ def _no_autocast(x: Tensor) -> Any:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "targets": targets}
-    if bias is not None:
-        tensors["bias"] = bias
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.device != hidden.device:
-            raise ValueError(f"hidden is on {hidden.device}, {name} on {x.device}")
-        if name != "targets" and not x.is_floating_point():
+    tensors_on_one_device({"hidden": hidden, "weight": weight, "targets": targets}, {"bias": bias})
+    for name, x in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        if x is not None and not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
