@@ -23,6 +23,7 @@ from prefix_attn.losses.checks import (
     tensors_on_one_device,
 )
 from prefix_attn.losses.pieces import right_padded
+from prefix_attn.losses.sharded import VocabularyShard, is_dtensor, local, placed_like
 
 # Logits that are held at a time, unless `chunk_size` says otherwise: what the caches of a CPU hold,
 # or 64 MiB of float32.
@@ -73,7 +74,8 @@ def token_log_probs(
     """log softmax(z)[targets] with z = softcap(hidden @ weight.T + bias) / temperature.
 
     Differentiable in hidden, weight and bias. Never holds more logits than rows times
-    `chunk_size`, forward and backward.
+    `chunk_size`, forward and backward. A head whose vocabulary is sharded over ranks is read where
+    it lies: hidden a DTensor with [Replicate()], weight (and bias) with [Shard(0)].
 
     Args:
         hidden: (..., H) hidden states, any number of rows.
@@ -89,7 +91,7 @@ def token_log_probs(
 
     Returns:
         (...) float32 (float64 where hidden or weight is), natural logarithms; with
-        `return_entropy` a pair of such tensors.
+        `return_entropy` a pair of such tensors. Replicated DTensors where hidden is one.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -101,6 +103,11 @@ def token_log_probs(
         torch.Size([2, 5])
     """
     _check_head(hidden, weight, targets, bias)
+    given, shard = hidden, None
+    if any(map(is_dtensor, (hidden, weight, targets, bias))):
+        shard = VocabularyShard.from_head(hidden, weight, targets, bias)
+        hidden, weight, targets = local(hidden), local(weight), local(targets)
+        bias = None if bias is None else local(bias)
     dtype = _sum_dtype(hidden, weight)
     temperature = positive("temperature", temperature, dtype)
     softcap = None if softcap is None else positive("softcap", softcap, dtype)
@@ -109,11 +116,13 @@ def token_log_probs(
         chunk_size = max(MIN_CHUNK_SIZE, limit // max(1, targets.numel()))
     elif not is_integer(chunk_size) or int(chunk_size) < 1:
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    head = _Head(temperature, softcap, int(chunk_size), bool(return_entropy))
+    head = _Head(temperature, softcap, int(chunk_size), bool(return_entropy), shard)
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     log_probs, entropy, _, _ = _TokenLogProbs.apply(rows, weight, bias, ids, head)
-    log_probs = log_probs.reshape(targets.shape)
-    return (log_probs, entropy.reshape(targets.shape)) if return_entropy else log_probs
+    log_probs = placed_like(given, log_probs.reshape(targets.shape))
+    if not return_entropy:
+        return log_probs
+    return log_probs, placed_like(given, entropy.reshape(targets.shape))
 
 
 def packed_log_probs(
@@ -234,6 +243,7 @@ class _Head:
     softcap: float | None
     chunk_size: int
     with_entropy: bool
+    shard: VocabularyShard | None
 
     def slices(self, vocabulary: int) -> Iterator[slice]:
         for start in range(0, vocabulary, self.chunk_size):
@@ -252,6 +262,12 @@ class _Head:
             z = capped * self.softcap
         return (z if self.temperature == 1 else z.div_(self.temperature)), capped
 
+    def places(self, targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Column of each target within a slice (T, 1), clamped, and whether it lies in it (T,)."""
+        first = columns.start + (0 if self.shard is None else self.shard.first)
+        place, width = targets - first, columns.stop - columns.start
+        return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
+
 
 class _TokenLogProbs(torch.autograd.Function):
     """The running maximum and sum of an online softmax, as in flash attention."""
@@ -263,10 +279,12 @@ class _TokenLogProbs(torch.autograd.Function):
         with _no_autocast(hidden):
             hidden = _widened(hidden, weight)
             top = hidden.new_full(targets.shape, -math.inf, dtype=_sum_dtype(hidden, weight))
-            total, moment, chosen = torch.zeros_like(top), torch.zeros_like(top), top.clone()
+            total, moment = torch.zeros_like(top), torch.zeros_like(top)
+            # Ranks that don't hold a target add nothing to its logit.
+            chosen = top.clone() if head.shard is None else torch.zeros_like(top)
             for columns in head.slices(weight.shape[0]):
                 z, _ = head.logits(hidden, weight, bias, columns)
-                place, inside = _places(targets, columns)
+                place, inside = head.places(targets, columns)
                 chosen = torch.where(inside, z.gather(1, place)[:, 0], chosen)
                 new_top = torch.maximum(top, z.amax(1))
                 # A row whose logits are all -inf so far stays at a total of zero.
@@ -280,6 +298,8 @@ class _TokenLogProbs(torch.autograd.Function):
                     moment = shift.exp() * (moment + shift * total) + (weights * z).sum(1)
                 total = shift.exp() * total + weights.sum(1)
                 top = new_top
+            if head.shard is not None:
+                top, total, moment, chosen = head.shard.combine(top, total, moment, chosen)
             log_total = total.log()
             log_probs = (chosen - top) - log_total
             entropy = log_total - moment / total if head.with_entropy else None
@@ -337,7 +357,7 @@ class _TokenLogProbsBackward(torch.autograd.Function):
                 p = log_p.exp()
                 # d log p[target] / dz = (z is the target's) - p
                 dz = p * -d_log_probs[:, None]
-                place, inside = _places(targets, columns)
+                place, inside = head.places(targets, columns)
                 hit = torch.where(inside, d_log_probs, 0.0)[:, None]
                 dz.scatter_(1, place, dz.gather(1, place) + hit)
                 if d_entropy is not None:
@@ -356,6 +376,8 @@ class _TokenLogProbsBackward(torch.autograd.Function):
                 if d_weight is not None:
                     d_weight[columns] = _matmul(dz.t(), hidden)
         if d_hidden is not None:
+            if head.shard is not None:
+                d_hidden = head.shard.sum(d_hidden)
             d_hidden = d_hidden.to(raw_hidden.dtype)
         return d_hidden, d_weight, d_bias
 
@@ -366,13 +388,6 @@ class _TokenLogProbsBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("token_log_probs can be differentiated once only")
-
-
-def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target within a slice (T, 1), clamped, and whether it lies in it (T,)."""
-    place = targets - columns.start
-    width = columns.stop - columns.start
-    return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
 
 
 def _sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
@@ -409,7 +424,10 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
         if x is not None and not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape (V, H), got {tuple(weight.shape)}; gather a head that "
+            "FSDP1 or DeepSpeed has sharded"
+        )
     vocabulary, width = weight.shape
     if hidden.dim() < 1 or hidden.shape[-1] != width:
         raise ValueError(
@@ -425,7 +443,7 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"bias must have shape ({vocabulary},), got {tuple(bias.shape)}")
     if targets.numel():
-        least, most = torch.stack(targets.aminmax()).tolist()
+        least, most = torch.stack(local(targets).aminmax()).tolist()
         if least < 0 or most >= vocabulary:
             wrong = least if least < 0 else most
             raise ValueError(
@@ -440,6 +458,11 @@ def _check_packed(hidden: Tensor, ids: Tensor, layout: PrefixLayout) -> None:
     for name, x in (("hidden", hidden), ("ids", ids)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if is_dtensor(x):
+            raise ValueError(
+                f"{name} must be a plain tensor, got a DTensor; for a sharded head call "
+                "token_log_probs with rows of your own"
+            )
         if x.device != layout.device:
             raise ValueError(f"the layout is on {layout.device}, {name} on {x.device}")
     tokens = layout.num_tokens
