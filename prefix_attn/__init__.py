@@ -4,12 +4,28 @@ import prefix_attn
 from prefix_attn import PrefixLayout, prefix_attention
 """
 
+import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from prefix_attn.api import prefix_attention
-from prefix_attn.layout import PrefixLayout
-from prefix_attn.merge import merge_states
 
+def _is_command() -> bool:
+    """Whether this process is the command line: `--help` and `--version` need no PyTorch.
+
+    `python -m` has "-m" for a script until it has found its module, which is after this import.
+    """
+    script = os.path.basename((getattr(sys, "argv", None) or [""])[0])
+    return script.removesuffix(".exe") == "prefix-attn" or (
+        script == "-m" and "prefix_attn" in sys.orig_argv
+    )
+
+
+# Everyone else gets PyTorch's operators registered with the import, as for an exported program.
+if TYPE_CHECKING or not _is_command():
+    from prefix_attn.api import prefix_attention
+    from prefix_attn.layout import PrefixLayout
+    from prefix_attn.merge import merge_states
 if TYPE_CHECKING:
     from prefix_attn.integrations.transformers import disable, enable, stats
 
@@ -23,10 +39,13 @@ __all__ = [
     "stats",
 ]
 __version__ = "0.1.0"
+_CORE = {"PrefixLayout": "layout", "merge_states": "merge", "prefix_attention": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs transformers when it is first used."""
+    """Imports what needs transformers when it is first used, and all else in the command line."""
+    if name in _CORE:
+        return getattr(importlib.import_module(f"prefix_attn.{_CORE[name]}"), name)
     if name not in ("disable", "enable", "stats"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

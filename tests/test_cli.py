@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -16,20 +18,14 @@ import pytest
 import torch
 
 from prefix_attn import PrefixLayout, cpu
-from prefix_attn.cli import (
-    COMMANDS,
-    _parser,
-    bench,
-    estimate,
-    info,
-    inspect,
-    main,
-    rollouts,
-    terminal,
-)
-from prefix_attn.cli.costs import Group, verdict
+from prefix_attn.cases import Case
+from prefix_attn.cli import bench, estimate, info, inspect, main, rollouts, terminal
+from prefix_attn.cli.arguments import COMMANDS, parser
+from prefix_attn.cli.costs import verdict
+from prefix_attn.timing import Clock
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +62,10 @@ def spawn(code):
     )
 
 
+def case_of(prefix, suffix, group, heads=(4, 2, 16), dtype="float32"):
+    return Case(prefix, suffix, group, *heads, dtype)
+
+
 def lines_file(path, *records):
     path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
     return path
@@ -79,7 +79,7 @@ def test_help_of_a_command_has_an_example_that_parses(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
     example = " ".join(out.split("example: prefix-attn ")[1].split())
-    assert _parser("prefix-attn").parse_args(example.split()).command == command
+    assert parser("prefix-attn").parse_args(example.split()).command == command
 
 
 def test_version(run):
@@ -90,6 +90,39 @@ def test_no_command_prints_help(run):
     code, out, err = run()
     assert (code, out) == (2, "")
     assert all(command in err for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS), ["fly"]],
+)
+@pytest.mark.parametrize("program", ["module", "script"])
+def test_help_needs_no_pytorch(tmp_path, program, arguments):
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    script = tmp_path / "prefix-attn"
+    script.write_text("import sys\nfrom prefix_attn.cli import main\nsys.exit(main())\n")
+    command = ["-m", "prefix_attn"] if program == "module" else [str(script)]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "PyTorch was imported" not in done.stderr
+    assert done.returncode == (2 if arguments == ["fly"] else 0), done.stderr
+
+
+def test_importing_registers_operators_except_in_the_command_line():
+    importing = "import sys; {}; import prefix_attn; print('torch' in sys.modules)"
+    assert spawn(importing.format("pass")).stdout == "True\n"
+    done = spawn(
+        importing.format("sys.argv = ['/usr/bin/prefix-attn', 'info']")
+        + "; from prefix_attn import PrefixLayout, merge_states, prefix_attention"
+        "; from prefix_attn.layout import PrefixLayout as same; assert same is PrefixLayout"
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 SHAPE = ("--prefix", "8", "--suffix", "4", "--group", "2")
@@ -287,7 +320,7 @@ def test_estimate_recommends_what_bench_takes(run, shape):
         ((0, 7, 3), ["3 members of 7 tokens that continue", "none: there is no prefix"]),
         (
             (9, 1, 1),
-            ["1 member of 1 token that continues", "none: there is one member", "for 1 member;"],
+            ["1 member of 1 token that continues", "none: there is one member", "for 1 member."],
         ),
         ((9, 7, 3), ["2 of the prefix in every layer"]),
     ],
@@ -316,7 +349,7 @@ def test_verdict(ratios, text):
 
 
 def test_heat_map_holds_ideal_speed_ups_and_fits():
-    lines = estimate.heat_map(Group(1000, 100, 4)).splitlines()
+    lines = estimate.heat_map(case_of(1000, 100, 4)).splitlines()
     assert all(len(line) <= 80 for line in lines)
     start = next(i for i, line in enumerate(lines) if not line[:6].strip())
     suffixes = list(map(int, lines[start].split()))
@@ -334,21 +367,21 @@ def test_heat_map_holds_ideal_speed_ups_and_fits():
 
 @pytest.mark.parametrize("shape", [(0, 7, 3), (7, 0, 3), (7, 9, 1), (10**8, 10**7, 20)])
 def test_heat_map_of_odd_shapes_marks_them(shape):
-    group = Group(*shape)
-    assert f"[{group.attention_ratio:.1f}]" in estimate.heat_map(group)
+    case = case_of(*shape)
+    assert f"[{case.attention_ratio:.1f}]" in estimate.heat_map(case)
 
 
 @pytest.mark.parametrize("columns", [20, 34, 52, 100])
 def test_heat_map_fits_narrow_terminals(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    lines = estimate.heat_map(Group(1000, 100, 4)).splitlines()
+    lines = estimate.heat_map(case_of(1000, 100, 4)).splitlines()
     assert max(map(len, lines)) <= columns
     assert any("[2.6]" in line for line in lines)
 
 
 def test_heat_map_needs_no_unicode(monkeypatch):
     monkeypatch.setattr(estimate, "can_print", lambda characters: False)
-    assert estimate.heat_map(Group(1000, 100, 4)).isascii()
+    assert estimate.heat_map(case_of(1000, 100, 4)).isascii()
 
 
 @pytest.mark.parametrize("ending", [".png", ".PNG"])
@@ -427,7 +460,7 @@ def test_inspect_counts_prefixes_too_small_to_draw(inspect_records):
 
 
 def test_inspect_draws_in_ascii_and_narrow_terminals(inspect_records, monkeypatch):
-    monkeypatch.setattr(inspect, "can_print", lambda characters: False)
+    monkeypatch.setattr(terminal, "can_print", lambda characters: False)
     monkeypatch.setenv("COLUMNS", "24")
     tree = inspect_records(*IDS)["tree"]
     assert all(line.isascii() and len(line) <= 24 for line in tree)
@@ -481,7 +514,7 @@ def test_inspect_leaves_out_what_the_attention_mask_hides(inspect_records, run, 
         assert results[key] == right[key]
     _, out, _ = run("inspect", lines_file(tmp_path / "x.jsonl", *padded))
     noun = "token" if results["masked_tokens"] == 1 else "tokens"
-    assert f"{results['masked_tokens']} {noun} left out, where the mask is 0" in out
+    assert f"{results['masked_tokens']} {noun} left out, as the mask or the length says" in out
 
 
 def test_inspect_takes_masks_of_batches_and_of_prompts(tmp_path):
@@ -551,7 +584,7 @@ def test_inspect_names_unknown_columns(run, tmp_path):
     assert "--column 'prompt' is not in line 1; there are: 'question', 'reward'" in err
     code, _, err = run("inspect", path)
     assert code == 2
-    assert "--column; there are: 'question', 'reward'" in err
+    assert "there are: 'question', 'reward'; name one or more with --column" in err
 
 
 @pytest.mark.parametrize(
@@ -724,7 +757,7 @@ def test_inspect_names_a_tokenizer_that_fails(run, monkeypatch, tmp_path):
 
 def test_inspect_reads_standard_input(run, monkeypatch):
     data = "".join(f"{ids}\n" for ids in IDS).encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
     code, out, _ = run("inspect", "-", "--json")
     assert code == 0
     assert json.loads(out)["tokens"]["shared"] == 10
@@ -755,13 +788,286 @@ def test_inspect_shows_progress_on_a_terminal(tmp_path, monkeypatch, has_tqdm):
         pytest.importorskip("tqdm")
     else:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(rollouts, "TICK_SECONDS", -1.0)
     path = str(lines_file(tmp_path / "x.jsonl", *IDS))
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
     assert len(rollouts.read(path, [], None, None).sequences) == 4
-    assert ("0%|" if has_tqdm else "4 lines, 100 %") in stream.getvalue()
+    assert ("0 lines" in stream.getvalue()) == has_tqdm
+
+
+# ---- inspect: messages --------------------------------------------------------------------------
+
+CALL = {"name": "look_up", "arguments": {"word": "spider"}}
+
+
+def turns(answer, **said):
+    """A conversation of one turn, whose assistant says `said` besides its content."""
+    user = {"role": "user", "content": "legs of a spider?"}
+    return [user, {"role": "assistant", "content": answer, **said}]
+
+
+def texts(tmp_path, *records, columns=()):
+    """What is compared of these lines, as text, and the rollouts."""
+    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", *records)), [*columns], None, None)
+    return [x.tobytes().decode() for x in read.sequences], read
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"reasoning_content": "arachnids have eight"},
+        {"reasoning": "arachnids have eight"},
+        {"thinking": "arachnids have eight"},
+        {"tool_calls": [{"type": "function", "function": CALL}]},
+        {"function_call": CALL},
+    ],
+)
+def test_inspect_counts_all_that_a_message_says(tmp_path, said):
+    (value,) = said.values()
+    written = value if isinstance(value, str) else json.dumps(value)
+    for content in ("8", None):
+        ((text,), read) = texts(tmp_path, {"messages": turns(content, **said)})
+        assert text.startswith("<user>\nlegs of a spider?\n<assistant>\n")
+        assert written in text
+        assert read.chat.unread == {}
+    # A message may have no content at all.
+    message = {"role": "assistant", **said}
+    assert written in texts(tmp_path, {"messages": [message]})[0][0]
+
+
+def test_inspect_verdict_counts_reasoning_and_tool_calls(inspect_records):
+    # 60 bytes shared, then 600 of each one's own that are no content.
+    records = [
+        {"messages": turns("8", reasoning_content=x * 300, tool_calls=[{"name": x * 300}])}
+        for x in "ab"
+    ]
+    results = inspect_records(*records)
+    assert results["tokens"]["ratio"] < 1.1
+    assert results["verdict"].startswith("Not worth it")
+    assert inspect_records(*({"messages": turns("8")} for _ in "ab"))["tokens"]["ratio"] == 2
+
+
+def test_inspect_names_fields_of_messages_that_it_does_not_read(run, tmp_path):
+    record = {"messages": [{"role": "tool", "name": "look_up", "content": "8", "refusal": None}]}
+    path = lines_file(tmp_path / "x.jsonl", record)
+    assert "for want of a chat template; without name" in " ".join(run("inspect", path)[1].split())
+    assert json.loads(run("inspect", path, "--json")[1])["message_fields_not_read"] == ["name"]
+
+
+def test_inspect_names_columns_that_it_does_not_read(run, tmp_path):
+    record = {"prompt": "a", "completion": "b", "answer": "c", "reward": 1.0, "tools": None}
+    path = lines_file(tmp_path / "x.jsonl", record)
+    assert re.search(r"not read +answer$", run("inspect", path)[1], re.M)
+
+
+def test_inspect_reads_tools_and_system_prompts(tmp_path):
+    tools = [{"name": "look_up"}]
+    for given in (tools, json.dumps(tools)):
+        (text,), _ = texts(tmp_path, {"messages": turns("8"), "tools": given})
+        assert text.startswith('<tools>\n[{"name": "look_up"}]\n<user>\n')
+    (text,), _ = texts(tmp_path, {"system": "Be brief.", "messages": turns("8")})
+    assert text.startswith("Be brief.<user>\n")
+
+
+def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, tmp_path):
+    def asked(url):
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        parts = [picture, {"type": "text", "text": "what is it?"}, {"type": "seen", "by": "me"}]
+        return {"messages": [{"role": "user", "content": parts}]}
+
+    (one, same, other), read = texts(tmp_path, asked("x" * 999), asked("x" * 999), asked("y" * 999))
+    assert one == same != other
+    assert len(one) == len(other) < 120
+    assert one.endswith('what is it?{"type": "seen", "by": "me"}\n')
+    assert read.chat.media == 3
+    out = run("inspect", tmp_path / "x.jsonl")[1]
+    assert re.search(r"NOT COUNTED +3 picture or other mediums?: each stands as", out)
+
+
+class DroppingTokenizer(FakeTokenizer):
+    """A chat template that knows content alone, and tools where it is asked to."""
+
+    def apply_chat_template(self, messages, tokenize, tools=()):
+        return " ".join([*(t["name"] for t in tools), *(str(m["content"]) for m in messages)])
+
+
+class SpeakingTokenizer(FakeTokenizer):
+    """A chat template that writes all, and refuses a message that says nothing."""
+
+    def apply_chat_template(self, messages, tokenize):
+        def said(m):
+            calls = [call["name"] for call in m.get("tool_calls", [])]
+            words = [m.get("reasoning_content"), m["content"], *calls]
+            if not any(words):
+                raise RuntimeError("an empty message")
+            return " ".join(filter(None, words))
+
+        return " ".join(map(said, messages))
+
+
+def test_inspect_says_what_the_chat_template_drops(run, tmp_path, monkeypatch):
+    said = {"reasoning_content": "arachnids", "tool_calls": [CALL]}
+    records = [{"messages": turns("8", **said)}, {"messages": turns(None, tool_calls=[CALL])}]
+    path = lines_file(tmp_path / "x.jsonl", *records)
+    use_tokenizer(monkeypatch, DroppingTokenizer(chat_template="yes"))
+    results = json.loads(run("inspect", path, "--tokenizer", "there", "--json")[1])
+    assert results["dropped_by_template"] == {"reasoning_content": 1, "tool_calls": 2}
+    out = " ".join(run("inspect", path, "--tokenizer", "there")[1].split())
+    assert "NOT COUNTED tool_calls of 2 messages: the chat template leaves it out" in out
+    use_tokenizer(monkeypatch, SpeakingTokenizer(chat_template="yes"))
+    results = json.loads(run("inspect", path, "--tokenizer", "there", "--json")[1])
+    assert results["dropped_by_template"] == {}
+
+
+def test_inspect_gives_tools_to_the_chat_template(inspect_records, monkeypatch):
+    use_tokenizer(monkeypatch, DroppingTokenizer(chat_template="yes"))
+    record = {"messages": turns("8"), "tools": [{"name": "look_up"}]}
+    records = record, record | {"messages": turns("9")}
+    results = inspect_records(*records, options=("--tokenizer", "there"))
+    assert results["tree"][0] == '└─ 2 x 5  "look_up legs of a spider?"'
+
+
+# ---- inspect: formats ---------------------------------------------------------------------------
+
+
+def test_inspect_reads_outputs_of_vllm(tmp_path):
+    outputs = [
+        {"index": i, "text": t, "token_ids": x} for i, t, x in ((0, "c", [3]), (1, "d", [4, 5]))
+    ]
+    record = {"request_id": "0", "prompt": "ab", "prompt_token_ids": [1, 2], "outputs": outputs}
+    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+    assert [x.tolist() for x in read.sequences] == [[1, 2, 3], [1, 2, 4, 5]]
+    assert read.paths == (("prompt_token_ids", "outputs.token_ids"),)
+    # Without ids of the prompt its text is read.
+    assert texts(tmp_path, record | {"prompt_token_ids": None})[0] == ["abc", "abd"]
+
+
+def test_inspect_leaves_out_what_input_lengths_hide(inspect_records):
+    # NeMo-RL pads on the right, a line for each sequence or all of them in one.
+    longest = max(map(len, IDS))
+    padded = [x + [0] * (longest - len(x)) for x in IDS]
+    lengths = list(map(len, IDS))
+    right = inspect_records(*IDS)
+    lines = [
+        {"token_ids": x, "input_lengths": n, "content": ["a"]}
+        for x, n in zip(padded, lengths, strict=True)
+    ]
+    for records in (lines, [{"token_ids": padded, "input_lengths": lengths}]):
+        results = inspect_records(*records)
+        assert results["masked_tokens"] == 4 * longest - sum(lengths)
+        for key in ("tokens", "attention_pairs", "tree"):
+            assert results[key] == right[key]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reason"),
+    [
+        (3, "input_lengths must be 0 to 2, as token_ids has, got 3"),
+        (-1, "input_lengths must be 0 to 2, as token_ids has, got -1"),
+        (True, "input_lengths must be 0 to 2, as token_ids has, got True"),
+        ([1, 1], "input_lengths has not the shape of token_ids"),
+        ("2", "input_lengths has not the shape of token_ids"),
+    ],
+)
+def test_inspect_refuses_lengths_that_do_not_fit(inspect_records, lengths, reason):
+    results = inspect_records([1], {"token_ids": [1, 2], "input_lengths": lengths})
+    assert results["bad_lines"] == [{"line": 2, "reason": reason}]
+
+
+def test_inspect_reads_requests_of_openai_and_refuses_answers(run, tmp_path):
+    body = {"model": "m", "messages": turns("8"), "tools": [{"name": "look_up"}]}
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (text,), read = texts(tmp_path, request)
+    assert text.startswith('<tools>\n[{"name": "look_up"}]\n<user>\n')
+    assert read.paths == (("body.messages",),)
+    answer = {"choices": [{"message": {"role": "assistant", "content": "8"}}]}
+    response = {"status_code": 200, "body": answer}
+    path = lines_file(tmp_path / "x.jsonl", {"custom_id": "1", "response": response})
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert "answers without their prompts: write one object per answer, whose messages" in err
+
+
+def test_inspect_takes_each_object_of_a_list_by_itself(tmp_path):
+    record = {
+        "messages": [{"role": "user", "content": "a"}],
+        "choices": [{"message": {"role": "assistant", "content": x}} for x in "bc"],
+    }
+    found, _ = texts(tmp_path, record, columns=["messages", "choices.message"])
+    assert found == [f"<user>\na\n<assistant>\n{x}\n" for x in "bc"]
+    # A name with a dot of its own comes first.
+    assert texts(tmp_path, {"a.b": "x", "a": {"b": "y"}}, columns=["a.b"])[0] == ["x"]
+    with pytest.raises(terminal.UsageError, match=r"'a\.c' is not in line 1; there are: 'a'"):
+        texts(tmp_path, {"a": [{"b": "y"}, 3]}, columns=["a.c"])
+
+
+def test_inspect_reads_parquet(run, tmp_path):
+    # As TRL logs completions: through Arrow, which fills the gaps of structs with nulls.
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "step": 1,
+            "prompt": [{"role": "user", "content": "legs of a spider?"}],
+            "completion": [{"role": "assistant", "content": x, **more}],
+            "reward": 0.5,
+        }
+        for x, more in (("8", {}), (None, {"tool_calls": [{"function": CALL}]}))
+    ]
+    path = tmp_path / "completions_00001.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1)
+    lines = lines_file(tmp_path / "x.jsonl", *rows)
+    results, right = (json.loads(run("inspect", x, "--json")[1]) for x in (path, lines))
+    assert results["sequences"] == 2
+    for key in ("columns", "tokens", "attention_pairs", "tree", "message_fields_not_read"):
+        assert results[key] == right[key]
+    assert json.loads(run("inspect", path, "--json", "--limit", 1)[1])["sequences"] == 1
+    ids = tmp_path / "ids.parquet"
+    parquet.write_table(pyarrow.table({"input_ids": [*IDS, [-1]]}), ids)
+    code, out, err = run("inspect", ids, "--json")
+    assert (code, err.split(":")[0]) == (0, "row 5 left out")
+    assert json.loads(out)["tokens"]["shared"] == 10
+    path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert f"can't read {path}: " in err
+
+
+def test_inspect_names_missing_pyarrow(run, tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"PAR1....")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = run("inspect", tmp_path / "x")
+    assert code == 2
+    assert "x is Parquet, which needs pyarrow: pip install prefix-attn[inspect]" in err
+
+
+@pytest.mark.parametrize(
+    ("pack", "what"),
+    [
+        (bz2.compress, "it is bzip2: bzcat {} | prefix-attn inspect -"),
+        (lzma.compress, "it is xz: xzcat {} | prefix-attn inspect -"),
+        (
+            lambda data: b"\x28\xb5\x2f\xfd" + data,
+            "it is zstd: zstd -dc {} | prefix-attn inspect -",
+        ),
+        (b"ARROW1\0\0".__add__, "it is an Arrow file: write Parquet"),
+    ],
+)
+def test_inspect_names_formats_that_it_does_not_read(run, tmp_path, pack, what):
+    path = lines_file(tmp_path / "x", *IDS)
+    path.write_bytes(pack(path.read_bytes()))
+    code, _, err = run("inspect", path)
+    assert code == 2
+    assert what.format(path) in err
+
+
+def test_inspect_names_archives_of_torch(run, tmp_path):
+    torch.save(IDS, tmp_path / "x.pt")
+    assert (
+        "as of torch.save or numpy.savez: write JSON lines" in run("inspect", tmp_path / "x.pt")[2]
+    )
 
 
 # ---- the page of the documentation --------------------------------------------------------------
@@ -924,7 +1230,7 @@ def test_bench_prints_a_table(run, monkeypatch):
     assert re.search(r"^P48 S16 G3 +[\d.e+]+ \(.*\) +[\d.]+x +1\.60x +\d+ %$", out, re.M)
     out = " ".join(out.split())
     assert "fp32, 4 query heads, 2 KV heads, head dimension 16, backend cpu" in out
-    assert "of 3 interleaved rounds; repeated: SDPA." in out
+    assert "of 3 interleaved rounds. Repeated: SDPA." in out
 
 
 def test_bench_does_not_time_what_is_wrong(run, monkeypatch):
@@ -935,7 +1241,7 @@ def test_bench_does_not_time_what_is_wrong(run, monkeypatch):
         return out * 1.001, lse
 
     monkeypatch.setattr(cpu, "forward", wrong)
-    monkeypatch.setattr(bench, "_interleaved", None)
+    monkeypatch.setattr(bench, "_timed", None)
     code, out, _ = run("bench", *QUICK)
     assert code == 1
     assert "WRONG, not timed: P48 S16 G3 4/2 D16: out" in out
@@ -948,7 +1254,7 @@ def test_bench_says_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(bench, "_measured", too_much)
     code, _, err = run("bench", *QUICK)
     assert code == 2
-    assert "P48 S16 G3 4/2 D16 in fp32 does not fit in memory with the prefix repeated" in err
+    assert "P48 S16 G3 4/2 D16 in float32 does not fit in memory with the prefix repeated" in err
 
 
 @pytest.mark.parametrize(
@@ -973,12 +1279,12 @@ def test_bench_knows_errors_of_memory(run, monkeypatch, error):
 
 
 def test_bench_refuses_what_the_memory_does_not_hold(run, monkeypatch, tmp_path):
-    shape = bench.Shape(Group(48, 16, 3), 4, 2, 16, "fp32")
+    shape = case_of(48, 16, 3)
     leaves = [torch.empty(n, h, 16) for n in (96, 192) for h in (4, 2, 2, 4)]
-    assert shape.least_bytes == sum(2 * x.nbytes for x in leaves)
+    assert bench._bytes(shape) == sum(2 * x.nbytes for x in leaves)
     monkeypatch.setattr(bench, "MEMORY_FILE", tmp_path / "meminfo")
     monkeypatch.setattr(bench, "_announce", lambda *arguments: None)
-    kib = shape.least_bytes // 1024
+    kib = bench._bytes(shape) // 1024
     bench.MEMORY_FILE.write_text(f"MemFree: 1 kB\nMemAvailable:   {kib - 1} kB\n")
     code, _, err = run("bench", *QUICK)
     assert code == 2
@@ -989,15 +1295,15 @@ def test_bench_refuses_what_the_memory_does_not_hold(run, monkeypatch, tmp_path)
 
 
 def test_bench_says_beforehand_what_takes_long(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 100.0)
-    small = bench.Shape(Group(48, 16, 3), 4, 2, 16, "fp32")
-    large = bench.Shape(Group(4800, 1600, 3), 4, 2, 16, "fp32")
-    bench._announce(small, small, 0.0)
+    clock = Clock(torch.device("cpu"))
+    monkeypatch.setattr(clock, "seconds", lambda each: 0.1)
+    small, large = case_of(48, 16, 3), case_of(4800, 1600, 3)
+    bench._announce(small, small, CPU, clock, 0.0)
     assert capsys.readouterr().err == ""
     # 10,000 times the pairs, roughly: 0.2 s become 2,000 for a round, and there are four.
-    bench._announce(large, small, 0.0)
+    bench._announce(large, small, CPU, clock, 0.0)
     assert "P4800 S1600 G3 4/2 D16 takes about 2 hours, to judge by" in capsys.readouterr().err
-    bench._announce(large, small, 8000.0)
+    bench._announce(large, small, CPU, clock, 8000.0)
     assert capsys.readouterr().err == ""
 
 
@@ -1009,22 +1315,17 @@ def test_durations_are_rounded(seconds, text):
     assert bench._duration(seconds) == text
 
 
-def test_bench_says_when_it_takes_longer(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 4000.0)
-    device = torch.device("cpu")
-    assert bench._interleaved([print, print], device, 0.0) == [[4000.0] * 3] * 2
-    assert capsys.readouterr().err == (
-        "3 rounds of this shape take about 24 s, longer than --minutes\n"
-    )
-    bench._interleaved([print], device, 2.5)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(bench, "_cpu_ms", lambda each: 2000.0)
-    bench._interleaved([print], device, 0.0)
-    assert capsys.readouterr().err == ""
+def test_bench_runs_each_pass_once_before_it_counts():
+    calls = []
+    passes = [lambda: calls.append("repeated"), lambda: calls.append("shared")]
+    times = bench._timed(passes, Clock(CPU), 0.0)
+    assert [len(samples) for samples in times] == [bench.MIN_ROUNDS] * 2
+    assert len(calls) == 2 * (1 + bench.MIN_ROUNDS)
+    assert calls[:4] == ["repeated", "shared", "repeated", "shared"]
 
 
 def test_bench_passes_give_the_gradients_of_their_inputs():
-    shape = bench.Shape(Group(6, 2, 3), 4, 2, 16, "fp64")
+    shape = case_of(6, 2, 3, dtype="float64")
     device = torch.device("cpu")
     shared = bench._shared(shape, device)()
     assert [tuple(x.shape) for x in shared] == [(12, 4, 16), (12, 2, 16), (12, 2, 16)]
@@ -1035,9 +1336,9 @@ def test_bench_passes_give_the_gradients_of_their_inputs():
 
 @pytest.mark.parametrize("group", [(10**6, 10**4, 64), (0, 1, 5000), (1, 1, 10**6), (5000, 0, 2)])
 def test_bench_checks_a_shape_that_is_small(group):
-    small = bench.Shape(Group(*group), 8, 2, 64, "fp32").shrunk().group
+    small = case_of(*group).shrunk(bench.CHECK_TOKENS)
     assert 1 < small.tokens <= bench.CHECK_TOKENS
-    assert small.members >= 2
+    assert small.group >= 2
 
 
 def test_bench_fills_what_is_not_given():
@@ -1049,4 +1350,4 @@ def test_bench_fills_what_is_not_given():
 
 
 def _options(*arguments):
-    return _parser("prefix-attn").parse_args(arguments)
+    return parser("prefix-attn").parse_args(arguments)

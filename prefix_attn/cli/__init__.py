@@ -1,22 +1,20 @@
 """The command line: `prefix-attn`, or `python -m prefix_attn`.
 
-Every command prints text for people, or with `--json` one JSON object. Exit codes: 0, 1 if a check
-failed, 2 if an argument or a file is wrong.
+Every command is a module of its name with `run` and `render`. It prints text for people, or with
+`--json` one JSON object. Exit codes: 0, 1 if a check failed, 2 if an argument or a file is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-import prefix_attn
-from prefix_attn.cli import bench, estimate, info, inspect
+from prefix_attn.cli.arguments import parser
 from prefix_attn.cli.terminal import UsageError, complain, emit
 
-COMMANDS = {"info": info, "estimate": estimate, "inspect": inspect, "bench": bench}
 INTERRUPTED = 130
 
 
@@ -27,19 +25,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prefix-attn") -> i
         arguments: those of the command line by default.
         prog: the name of the program in messages.
     """
-    parser = _parser(prog)
+    whole = parser(prog)
     try:
-        options = parser.parse_args(arguments)
+        options = whole.parse_args(arguments)
     except SystemExit as stop:  # --help, --version and what argparse refuses
         return _finished(prog, int(stop.code or 0))
     if options.command is None:
-        parser.print_help(sys.stderr)
+        whole.print_help(sys.stderr)
         return 2
     name = f"{prog} {options.command}"
-    command = COMMANDS[options.command]
     try:
         if sys.stdout is None:
             raise UsageError("standard output is closed")
+        # Only now is PyTorch imported: help and wrong arguments need none.
+        command = importlib.import_module(f"prefix_attn.cli.{options.command}")
         results, code = command.run(options)
         text = json.dumps(results, indent=2) if options.json else command.render(results)
         return _finished(name, code, text)
@@ -66,28 +65,3 @@ def _finished(name: str, code: int, text: str | None = None) -> int:
             complain(f"{name}: error: can't write to standard output: {error.strerror or error}")
             return 2
     return code
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Exact attention for sequences that share prefixes, each computed once.",
-        epilog=f"example: {prog} info",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"prefix_attn {prefix_attn.__version__}"
-    )
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").split("\n")[0]
-        command = commands.add_parser(
-            name,
-            help=summary[0].lower() + summary[1:].rstrip("."),
-            description=summary,
-            epilog=f"example: {prog} {module.EXAMPLE}",
-            allow_abbrev=False,
-        )
-        module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser

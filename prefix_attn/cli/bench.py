@@ -1,20 +1,15 @@
-"""Times sharing a prefix against repeating it, forward and backward, on this machine.
-
-Gradients are checked first: what is wrong is not timed, and the exit code is 1.
-"""
+"""Times sharing a prefix against repeating it, forward and backward, on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import re
-import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,133 +21,44 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prefix_attn
 from prefix_attn.api import choose_backend, prefix_attention
+from prefix_attn.cases import Case
+from prefix_attn.cli import terminal
+from prefix_attn.cli.arguments import DTYPES
 from prefix_attn.cli.checks import check_gradients
-from prefix_attn.cli.costs import Group
-from prefix_attn.cli.estimate import check_heads, group_of
-from prefix_attn.cli.terminal import (
-    DTYPES,
-    UsageError,
-    at_least,
-    complain,
-    counted,
-    cut,
-    on_terminal,
-    paragraph,
-    size,
-    table,
-    width,
-)
-from prefix_attn.layout import PrefixLayout
+from prefix_attn.cli.costs import case_of
+from prefix_attn.cli.terminal import UsageError, complain, counted, paragraph
+from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
 
-EXAMPLE = "bench --prefix 2048 --suffix 128 --group 8"
-# The shapes of a run without options, by device: groups, query heads, KV heads, head dimension.
-CPU_SHAPES = ((512, 128, 8), (1024, 64, 16), (2048, 128, 8))
-CUDA_SHAPES = ((2048, 512, 16), (8192, 512, 16))
-CPU_HEADS, CUDA_HEADS = (8, 2, 64), (32, 8, 128)
-MINUTES = 0.5
+# What a run without options takes, by device. Of one shape given, the rest is that of the first.
+CPU_SHAPES = [(512, 128, 8), (1024, 64, 16), (2048, 128, 8)]
+CUDA_SHAPES = [(2048, 512, 16), (8192, 512, 16)]
+CPU_DEFAULTS = {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "fp32"}
+CUDA_DEFAULTS = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bf16"}
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
+# The check of gradients computes dense float64 scores of at most this many tokens.
+CHECK_TOKENS = 1024
 # It says so if the fewest rounds take so much longer than there is time.
 PATIENCE_SECONDS = 10.0
 MEMORY_FILE = Path("/proc/meminfo")
 # How PyTorch words it that the CPU's memory is not enough: no class of its own.
 NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
-# The check computes dense float64 scores of this many tokens.
-CHECK_TOKENS = 1024
-# Larger than any L2 cache: written between CUDA timings.
-L2_FLUSH_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A group, its heads and its type.
-
-    Attributes:
-        group: of equal members.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: of queries, keys and values.
-        dtype: a key of `DTYPES`.
-    """
-
-    group: Group
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    def layout(self, device: torch.device) -> PrefixLayout:
-        """Its layout."""
-        group = self.group
-        return PrefixLayout.from_lengths([group.prefix], [[group.suffix] * group.members], device)
-
-    def shrunk(self) -> Shape:
-        """The same heads with lengths and members halved until float64 scores are cheap."""
-        group = self.group
-        while group.tokens > CHECK_TOKENS:
-            group = Group(
-                group.prefix // 2,
-                max(1, group.suffix // 2),
-                max(2, group.members // 2) if group.suffix <= 2 else group.members,
-            )
-        return dataclasses.replace(self, group=group)
-
-    @property
-    def least_bytes(self) -> int:
-        """Bytes of Q, K, V, the output and their gradients, repeated and shared at once."""
-        tokens = self.group.repeated_tokens + self.group.tokens
-        itemsize = DTYPES[self.dtype].itemsize
-        return 4 * tokens * (self.heads + self.kv_heads) * self.head_dim * itemsize
-
-    @property
-    def label(self) -> str:
-        """Such as `P2048 S128 G8 8/2 D64`."""
-        group = self.group
-        return (
-            f"P{group.prefix} S{group.suffix} G{group.members} {self.heads}/{self.kv_heads} "
-            f"D{self.head_dim}"
-        )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this command."""
-    parser.add_argument(
-        "--minutes", type=_minutes, default=MINUTES, help=f"time to take, roughly ({MINUTES})"
-    )
-    parser.add_argument("--prefix", type=at_least(0), help="tokens in the prefix, P")
-    parser.add_argument("--suffix", type=at_least(1), help="tokens in a suffix, S")
-    parser.add_argument("--group", type=at_least(1), help="members of the group, G")
-    parser.add_argument("--heads", type=at_least(1), help="query heads (8, on a GPU 32)")
-    parser.add_argument("--kv-heads", type=at_least(1), help="KV heads (2, on a GPU 8)")
-    parser.add_argument("--head-dim", type=at_least(1), help="(64, on a GPU 128)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="(fp32, on a GPU bf16)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="(a GPU if there is one)")
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Checks and times every shape; exit code 1 if a gradient is wrong."""
-    device, shapes = _plan(options)
+    """Checks and times every case; exit code 1 if a gradient is wrong."""
+    device, cases = _plan(options)
     deadline = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
-    for i, shape in enumerate(shapes):
-        seconds = (deadline - time.monotonic()) / (len(shapes) - i)
-        _note(f"{shape.label}: checking gradients")
+    for i, case in enumerate(cases):
+        seconds = (deadline - time.monotonic()) / (len(cases) - i)
+        _note(f"{case.label}: checking gradients")
         try:
             if device.type == "cpu":
-                _check_memory(shape)
-            rows.append(_measured(shape, device, max(seconds, 0.0)))
+                _check_memory(case)
+            rows.append(_measured(case, device, max(seconds, 0.0)))
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
             if _is_of_memory(error):
-                raise UsageError(_too_large(shape, device)) from None
+                raise UsageError(_too_large(case, device)) from None
             raise
         finally:
             _note("")
@@ -168,47 +74,43 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def render(results: dict[str, Any]) -> str:
     """A table, what was wrong, and how to read it."""
-    rows = [
-        [
-            f"P{row['prefix']} S{row['suffix']} G{row['group']}",
-            _spread(row["repeated_ms"]),
-            _spread(row["prefix_attn_ms"]),
-            f"{row['speed_up']:.2f}x",
-            f"{row['ideal']:.2f}x",
-            f"{100 * row['share_of_ideal']:.0f} %",
-        ]
-        for row in results["shapes"]
-        if row["wrong"] is None
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    first = results["shapes"][0]
+    right = [row for row in results["shapes"] if row["wrong"] is None]
     device = results["device"]
     if device == "cpu":
         device = f"CPU, threads: {results['threads']}"
-    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in results["shapes"]))
-    first = results["shapes"][0]
-    heads = (
-        f"{first['heads']} query heads, {first['kv_heads']} KV heads, head dimension "
-        f"{first['head_dim']}"
-    )
-    parts = [paragraph(f"{device}, {dtypes}, {heads}, backend {results['backend']}, {versions}")]
-    if rows:
-        header = ["shape", "repeated ms", "prefix_attn ms", "speed-up", "ideal", "of ideal"]
-        baselines = ", ".join(dict.fromkeys(row["baseline"] for row in results["shapes"]))
-        rounds = ", ".join(str(row["rounds"]) for row in results["shapes"] if not row["wrong"])
-        note = (
-            "Prefix P, suffix S, G members. Forward + backward, median (p20-p80) of "
-            f"{rounds} interleaved rounds; repeated: {baselines}. The ideal is the ratio of "
-            "attention FLOPs."
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = [
+        paragraph(
+            f"{device}, {first['dtype']}, {first['heads']} query heads, {first['kv_heads']} KV "
+            f"heads, head dimension {first['head_dim']}, backend {results['backend']}, {versions}"
         )
-        if any(row["wrong"] is None and row["share_of_ideal"] > 1 for row in results["shapes"]):
-            note += (
-                " More than 100 % of it says that repeating runs further below its own FLOP rate "
-                "than sharing does."
-            )
-        parts += [
-            table(header, rows),
-            paragraph(note),
+    ]
+    if right:
+        rows = [
+            [
+                f"P{row['prefix']} S{row['suffix']} G{row['group']}",
+                _spread(row["repeated_ms"]),
+                _spread(row["prefix_attn_ms"]),
+                f"{row['speed_up']:.2f}x",
+                f"{row['ideal']:.2f}x",
+                f"{100 * row['share_of_ideal']:.0f} %",
+            ]
+            for row in right
         ]
+        note = (
+            "Prefix P, suffix S, G members. Times are of forward + backward: the median (p20-p80) "
+            f"of {', '.join(str(row['rounds']) for row in right)} interleaved rounds. Repeated: "
+            f"{', '.join(dict.fromkeys(row['baseline'] for row in right))}. The ideal is the ratio "
+            "of attention FLOPs."
+        )
+        if any(row["share_of_ideal"] > 1 for row in right):
+            note += (
+                " Above 100 % means that the repeated baseline reaches fewer FLOP/s than we do; "
+                "no work is skipped."
+            )
+        header = ["shape", "repeated ms", "prefix_attn ms", "speed-up", "ideal", "of ideal"]
+        parts += [terminal.table(header, rows), paragraph(note)]
     parts += [
         f"WRONG, not timed: {row['label']}: {row['wrong']}"
         for row in results["shapes"]
@@ -219,25 +121,30 @@ def render(results: dict[str, Any]) -> str:
 
 def _spread(times: dict[str, float]) -> str:
     median, p20, p80 = (
-        f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-        for x in (times["median"], times["p20"], times["p80"])
+        f"{times[name]:.0f}" if times[name] >= 100 else f"{times[name]:.3g}"
+        for name in ("median", "p20", "p80")
     )
     return f"{median} ({p20}-{p80})"
 
 
 def _note(text: str) -> None:
     """What is being done, on a terminal only."""
-    if on_terminal():
-        columns = width() - 1
-        line = f"\r{cut(text, columns):<{columns}}"
+    if terminal.on_terminal():
+        columns = terminal.width() - 1
+        line = f"\r{terminal.cut(text, columns):<{columns}}"
         print(line if text else f"{line}\r", end="", file=sys.stderr, flush=True)
 
 
-def _too_large(shape: Shape, device: torch.device) -> str:
+def _bytes(case: Case) -> int:
+    """Bytes of Q, K, V, O and their gradients, repeated and shared at once."""
+    return 2 * (case.repeated_tokens + case.tokens) * case.qkvo_bytes
+
+
+def _too_large(case: Case, device: torch.device) -> str:
     where = "on the GPU" if device.type == "cuda" else "in memory"
     return (
-        f"{shape.label} in {shape.dtype} does not fit {where} with the prefix repeated: "
-        f"{size(shape.least_bytes)} at least; give a smaller --prefix, --suffix or --group"
+        f"{case.label} in {case.dtype} does not fit {where} with the prefix repeated: "
+        f"{terminal.size(_bytes(case))} at least; give a smaller --prefix, --suffix or --group"
     )
 
 
@@ -247,111 +154,95 @@ def _is_of_memory(error: Exception) -> bool:
     )
 
 
-def _check_memory(shape: Shape) -> None:
+def _check_memory(case: Case) -> None:
     """Refuses what the machine has no memory for, where it tells: on Linux."""
     try:
         found = re.search(r"MemAvailable: *(\d+) kB", MEMORY_FILE.read_text())
     except OSError:
         return
-    if found and shape.least_bytes > (free := 1024 * int(found.group(1))):
-        raise UsageError(f"{_too_large(shape, torch.device('cpu'))} ({size(free)} are free)")
+    if found and _bytes(case) > (free := 1024 * int(found.group(1))):
+        raise UsageError(
+            f"{_too_large(case, torch.device('cpu'))} ({terminal.size(free)} are free)"
+        )
 
 
-def _plan(options: argparse.Namespace) -> tuple[torch.device, list[Shape]]:
-    """The device and the shapes that the options ask for."""
+def _plan(options: argparse.Namespace) -> tuple[torch.device, list[Case]]:
+    """The device and the cases that the options ask for."""
     has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise UsageError("--device cuda: there is no CUDA device")
     device = torch.device(options.device or ("cuda" if has_gpu else "cpu"))
     on_gpu = device.type == "cuda"
-    groups = list(CUDA_SHAPES if on_gpu else CPU_SHAPES)
-    names = ("prefix", "suffix", "group")
-    if any(getattr(options, name) is not None for name in names):
-        groups = groups[:1]
-    heads = CUDA_HEADS if on_gpu else CPU_HEADS
-    for name, value in zip(("heads", "kv_heads", "head_dim"), heads, strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    check_heads(options)
-    dtype = options.dtype or ("bf16" if on_gpu else "fp32")
-    shapes = []
-    for group in groups:
-        given = [getattr(options, name) for name in names]
-        chosen = [
-            own if own is not None else value for own, value in zip(given, group, strict=True)
-        ]
-        lengths = argparse.Namespace(**dict(zip(names, chosen, strict=True)))
-        shapes.append(
-            Shape(group_of(lengths), options.heads, options.kv_heads, options.head_dim, dtype)
-        )
+    shapes = CUDA_SHAPES if on_gpu else CPU_SHAPES
+    defaults = CUDA_DEFAULTS if on_gpu else CPU_DEFAULTS
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    if {"prefix", "suffix", "group"} & set(given):
+        shapes = shapes[:1]
+    cases = []
+    for shape in shapes:
+        filled = dict(zip(("prefix", "suffix", "group"), shape, strict=True)) | defaults | given
+        cases.append(case_of(argparse.Namespace(**filled)))
     try:
-        choose_backend("auto", device.type, DTYPES[dtype], head_dims=[options.head_dim])
+        choose_backend("auto", device.type, cases[0].torch_dtype, head_dims=[cases[0].head_dim])
     except NotImplementedError as error:
         raise UsageError(str(error)) from None
-    return device, shapes
+    return device, cases
 
 
-def _measured(shape: Shape, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Checks the gradients of a shape, then times it for about so many seconds."""
-    group = shape.group
-    small = shape.shrunk()
-    dtype = DTYPES[shape.dtype]
+def _measured(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Checks the gradients of a case, then times it for about so many seconds."""
+    small = case.shrunk(CHECK_TOKENS)
+    heads = case.heads_q, case.heads_kv
     checks = check_gradients(
-        small.layout(device),
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        dtype=dtype,
+        small.layout(device), heads, head_dim=case.head_dim, dtype=case.torch_dtype
     )
+    wrong = [str(check) for check in checks if not check.ok]
     row: dict[str, Any] = {
-        "label": shape.label,
-        "prefix": group.prefix,
-        "suffix": group.suffix,
-        "group": group.members,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "dtype": shape.dtype,
-        "backend": choose_backend("auto", device.type, dtype),
+        "label": case.label,
+        "prefix": case.prefix,
+        "suffix": case.suffix,
+        "group": case.group,
+        "heads": case.heads_q,
+        "kv_heads": case.heads_kv,
+        "head_dim": case.head_dim,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == case.dtype),
+        "backend": choose_backend("auto", device.type, case.torch_dtype),
         "checked_at": small.label,
         "checks": [check.summary() for check in checks],
-        "wrong": None,
+        "wrong": "; ".join(wrong) or None,
     }
-    wrong = [str(check) for check in checks if not check.ok]
     if wrong:
-        return row | {"wrong": "; ".join(wrong), "baseline": "none"}
-    _note(f"{shape.label}: timing")
-    if device.type == "cpu":
-        _announce(shape, small, seconds)
-    baseline, repeated = _repeated(shape, device)
-    times = _interleaved([repeated, _shared(shape, device)], device, seconds)
-    repeated_ms, ours_ms = map(_quantiles, times)
-    speed_up = repeated_ms["median"] / ours_ms["median"]
+        return row
+    _note(f"{case.label}: timing")
+    clock = Clock(device)
+    _announce(case, small, device, clock, seconds)
+    baseline, repeated = _repeated(case, device)
+    repeated_seconds, our_seconds = _timed([repeated, _shared(case, device)], clock, seconds)
+    theirs, ours = map(Quantiles.from_seconds, (repeated_seconds, our_seconds))
+    speed_up = theirs.median / ours.median
     return row | {
         "baseline": baseline,
-        "rounds": len(times[0]),
-        "repeated_ms": repeated_ms,
-        "prefix_attn_ms": ours_ms,
+        "rounds": len(our_seconds),
+        "repeated_ms": dataclasses.asdict(theirs),
+        "prefix_attn_ms": dataclasses.asdict(ours),
         "speed_up": speed_up,
-        "ideal": group.attention_ratio,
-        "share_of_ideal": speed_up / group.attention_ratio,
+        "ideal": case.attention_ratio,
+        "share_of_ideal": speed_up / case.attention_ratio,
     }
 
 
-def _announce(shape: Shape, small: Shape, seconds: float) -> None:
-    """Says beforehand if the fewest rounds take much longer, from the speed of the small shape."""
-    device = torch.device("cpu")
+def _announce(case: Case, small: Case, device: torch.device, clock: Clock, seconds: float) -> None:
+    """Says beforehand if the fewest rounds take much longer, from the speed of the small case."""
     expected = 0.0
     for each, pairs, all_pairs in (
-        (_repeated(small, device)[1], small.group.repeated_pairs, shape.group.repeated_pairs),
-        (_shared(small, device), small.group.pairs, shape.group.pairs),
+        (_repeated(small, device)[1], small.repeated_pairs, case.repeated_pairs),
+        (_shared(small, device), small.pairs, case.pairs),
     ):
-        fastest = min(_cpu_ms(each) for _ in range(1 + MIN_ROUNDS))
-        expected += fastest / 1e3 * all_pairs / pairs
+        expected += min(clock.seconds(each) for _ in range(1 + MIN_ROUNDS)) * all_pairs / pairs
     expected *= 1 + MIN_ROUNDS
     if expected > seconds + PATIENCE_SECONDS:
         complain(
-            f"{shape.label} takes about {_duration(expected)}, to judge by a small shape: a "
+            f"{case.label} takes about {_duration(expected)}, to judge by a small shape: a "
             "smaller --prefix, --suffix or --group takes less"
         )
 
@@ -363,60 +254,28 @@ def _duration(seconds: float) -> str:
     return counted(round(seconds), "second")
 
 
-def _interleaved(
-    passes: list[Callable[[], Any]], device: torch.device, seconds: float
-) -> list[list[float]]:
-    """Times of each pass in milliseconds, taken in turn, after one round that does not count."""
-    timer = _cuda_ms if device.type == "cuda" else _cpu_ms
-    least = MIN_ROUNDS * sum(timer(each) for each in passes) / 1e3
-    if least > seconds + PATIENCE_SECONDS:
-        complain(
-            f"{MIN_ROUNDS} rounds of this shape take about {least:.0f} s, longer than --minutes"
-        )
-    stop = time.monotonic() + seconds
+def _timed(passes: list[Callable[[], Any]], clock: Clock, seconds: float) -> list[list[float]]:
+    """Seconds of each pass, taken in turn, after one round that does not count."""
+    for each in passes:
+        each()
     times: list[list[float]] = [[] for _ in passes]
-    while len(times[0]) < MIN_ROUNDS or (len(times[0]) < MAX_ROUNDS and time.monotonic() < stop):
-        for samples, each in zip(times, passes, strict=True):
-            samples.append(timer(each))
+    for _, i in interleaved(range(len(passes)), rounds(MIN_ROUNDS, MAX_ROUNDS, seconds)):
+        times[i].append(clock.seconds(passes[i]))
     return times
 
 
-def _cpu_ms(each: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    each()
-    return 1e3 * (time.perf_counter() - start)
+def _normal(case: Case, device: torch.device, *dims: int) -> Tensor:
+    return torch.randn(*dims, case.head_dim, device=device, dtype=case.torch_dtype)
 
 
-def _cuda_ms(each: Callable[[], Any]) -> float:
-    torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    each()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def _quantiles(samples: list[float]) -> dict[str, float]:
-    p20, p80 = torch.quantile(
-        torch.tensor(samples, dtype=torch.float64), torch.tensor([0.2, 0.8], dtype=torch.float64)
-    ).tolist()
-    return {"median": statistics.median(samples), "p20": p20, "p80": p80}
-
-
-def _normal(shape: Shape, device: torch.device, *dims: int) -> Tensor:
-    return torch.randn(*dims, shape.head_dim, device=device, dtype=DTYPES[shape.dtype])
-
-
-def _shared(shape: Shape, device: torch.device) -> Callable[[], Any]:
+def _shared(case: Case, device: torch.device) -> Callable[[], Any]:
     """Forward and backward of `prefix_attention` on packed tensors."""
-    layout = shape.layout(device)
-    tokens = layout.num_tokens
+    layout = case.layout(device)
     q, k, v = (
-        _normal(shape, device, tokens, heads).requires_grad_()
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        _normal(case, device, case.tokens, heads).requires_grad_()
+        for heads in (case.heads_q, case.heads_kv, case.heads_kv)
     )
-    dout = _normal(shape, device, tokens, shape.heads)
+    dout = _normal(case, device, case.tokens, case.heads_q)
 
     def both() -> Any:
         return torch.autograd.grad(prefix_attention(q, k, v, layout), (q, k, v), dout)
@@ -424,20 +283,19 @@ def _shared(shape: Shape, device: torch.device) -> Callable[[], Any]:
     return both
 
 
-def _repeated(shape: Shape, device: torch.device) -> tuple[str, Callable[[], Any]]:
+def _repeated(case: Case, device: torch.device) -> tuple[str, Callable[[], Any]]:
     """Forward and backward of SDPA on whole sequences: the fastest backend there is, and a pass."""
-    group = shape.group
-    length = group.prefix + group.suffix
+    length = case.prefix + case.suffix
     q, k, v = (
-        _normal(shape, device, group.members, heads, length).requires_grad_()
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        _normal(case, device, case.group, heads, length).requires_grad_()
+        for heads in (case.heads_q, case.heads_kv, case.heads_kv)
     )
-    dout = _normal(shape, device, group.members, shape.heads, length)
+    dout = _normal(case, device, case.group, case.heads_q, length)
 
     def both(backend: SDPBackend | None) -> Any:
         with nullcontext() if backend is None else sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=shape.heads > shape.kv_heads
+                q, k, v, is_causal=True, enable_gqa=case.heads_q > case.heads_kv
             )
         return torch.autograd.grad(out, (q, k, v), dout)
 

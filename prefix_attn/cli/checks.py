@@ -12,15 +12,16 @@ from prefix_attn.testing import Comparison, Inputs, attention_results, compare_a
 
 
 def check_gradients(
-    layout: PrefixLayout,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    backend: str = "auto",
+    layout: PrefixLayout, heads: tuple[int, int], *, head_dim: int, dtype: torch.dtype
 ) -> list[Comparison]:
-    """Holds the output and the gradients of random inputs against the error budget."""
-    inputs = Inputs.random(layout, (heads, kv_heads), (head_dim, head_dim), dtype)
-    call = partial(prefix_attention, layout=layout, backend=backend)
+    """Holds output and gradients of backend "auto" on random inputs against the error budget.
+
+    Args:
+        layout: small enough for dense scores.
+        heads: Hq and Hkv.
+        head_dim: D.
+        dtype: of the inputs.
+    """
+    inputs = Inputs.random(layout, heads, (head_dim, head_dim), dtype)
+    call = partial(prefix_attention, layout=layout)
     return compare_attention(layout, inputs, attention_results(call, inputs))

@@ -1,90 +1,47 @@
-"""Tokens, attention FLOPs and bytes with a prefix repeated and shared, and what they decide."""
+"""The case that options describe, and what its ratios decide."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
 
-from prefix_attn.layout import INT32_MAX
+from prefix_attn.api import MAX_HEAD_DIM, MIN_HEAD_DIM
+from prefix_attn.cases import Case
+from prefix_attn.cli.arguments import DTYPES
+from prefix_attn.cli.terminal import UsageError
 
 # Below this ratio `prefix_attn.enable` leaves a batch as it is, too.
 WORTH_RATIO = 1.2
 
 
-@dataclass(frozen=True)
-class Group:
-    """One group of equal members: `members` suffixes that continue one prefix.
+def case_of(options: argparse.Namespace) -> Case:
+    """The case of the lengths, the heads and the type that are given.
 
-    Attributes:
-        prefix: tokens in the prefix, P.
-        suffix: tokens in each suffix, S.
-        members: G.
+    Raises:
+        UsageError: for what a layout or attention refuses.
     """
-
-    prefix: int
-    suffix: int
-    members: int
-
-    def __post_init__(self) -> None:
-        """Refuses what a layout refuses.
-
-        Raises:
-            ValueError: naming the values.
-        """
-        if not self.prefix + self.suffix:
-            raise ValueError("--prefix and --suffix are both 0: there are no tokens")
-        if self.tokens > INT32_MAX:
-            raise ValueError(
-                f"a layout holds at most {INT32_MAX} tokens, --prefix {self.prefix} and --group "
-                f"{self.members} times --suffix {self.suffix} are {self.tokens}"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """P + G S."""
-        return self.prefix + self.members * self.suffix
-
-    @property
-    def repeated_tokens(self) -> int:
-        """G (P + S)."""
-        return self.members * (self.prefix + self.suffix)
-
-    @property
-    def pairs(self) -> int:
-        """Allowed (query, key) pairs with the prefix computed once."""
-        return _triangle(self.prefix) + self.members * (
-            self.suffix * self.prefix + _triangle(self.suffix)
+    if options.heads % options.kv_heads:
+        raise UsageError(
+            f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}"
         )
-
-    @property
-    def repeated_pairs(self) -> int:
-        """Allowed (query, key) pairs with every sequence run whole."""
-        return self.members * _triangle(self.prefix + self.suffix)
-
-    @property
-    def token_ratio(self) -> float:
-        """Repeated tokens over tokens."""
-        return self.repeated_tokens / self.tokens
-
-    @property
-    def attention_ratio(self) -> float:
-        """Repeated pairs over pairs, `PrefixLayout.flop_ratio`: the ideal speed-up."""
-        return self.repeated_pairs / self.pairs
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
-
-
-def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
-    """FLOPs of the forward pass, 4 D Hq pairs: Q K^T and P V. The backward pass has 2.5 times."""
-    return 4 * head_dim * heads * pairs
+    if not MIN_HEAD_DIM <= options.head_dim <= MAX_HEAD_DIM:
+        raise UsageError(
+            f"--head-dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {options.head_dim}"
+        )
+    if not options.prefix + options.suffix:
+        raise UsageError("--prefix and --suffix are both 0: there are no tokens")
+    lengths = options.prefix, options.suffix, options.group
+    heads = options.heads, options.kv_heads, options.head_dim
+    try:
+        return Case(*lengths, *heads, DTYPES[options.dtype])
+    except ValueError as error:
+        raise UsageError(f"--prefix, --suffix and --group: {error}") from None
 
 
 def verdict(token_ratio: float, attention_ratio: float, layer_ratio: float | None = None) -> str:
     """Whether sharing is worth it, and why.
 
-    The work of a layer is attention, which shrinks by `attention_ratio`, and the rest, which
-    shrinks by `token_ratio`: what both do together lies between the two.
+    A layer is attention, whose work shrinks by `attention_ratio`, and the rest, whose work shrinks
+    by `token_ratio`. What both do together lies between the two.
 
     Args:
         token_ratio: repeated tokens over tokens.

@@ -1,7 +1,4 @@
-"""Says what is installed, what can run here, and whether it is right.
-
-Exit code 1 if the self-test fails.
-"""
+"""Says what is installed, what can run here, and whether it is right."""
 
 from __future__ import annotations
 
@@ -24,12 +21,11 @@ from prefix_attn.cli.terminal import pairs, table
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.ops import BACKENDS
 
-EXAMPLE = "info --json"
-LIBRARIES = ("triton", "numpy", "transformers", "trl", "verl", "prefix-grouper")
+LIBRARIES = ("triton", "numpy", "transformers", "trl", "verl", "prefix-grouper", "pyarrow")
 OPTIONS = ("window_size", "softcap", "sinks", "prefix_causal=False")
 # Every environment variable that the package, or Triton on its behalf, reads.
 ENVIRONMENT = {
-    "PREFIX_ATTN_FORWARD": "gluon runs the optional Hopper forward, not yet run on a GPU",
+    "PREFIX_ATTN_FORWARD": "gluon runs the optional Hopper forward",
     "PREFIX_ATTN_TILES": "file of tiles that `make gpu-tune` wrote, instead of the built-in ones",
     "FLASH_ATTENTION_DETERMINISTIC": "1 overrules deterministic=False",
     "TRITON_INTERPRET": "1 runs the Triton kernels in Triton's interpreter, on any device",
@@ -43,24 +39,32 @@ INTEGRATIONS = {
     "prefix_grouper": (None, "PrefixGrouper, the interface of prefix-grouper"),
     "distributed": (None, "register_dtensor_rules()"),
 }
+# What is trained in on a device.
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This command has no options of its own."""
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Returns everything, and exit code 1 if the self-test failed."""
-    gpus = _gpus()
-    device = "cuda" if isinstance(gpus, list) else "cpu"
-    test = _self_test(device)
+    why_no_gpu, gpus = _why_no_gpu(), []
+    if why_no_gpu is None:
+        gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
+    devices = ("cuda", "cpu") if gpus else ("cpu",)
+    test = _self_test(devices[0])
     results = {
-        "versions": _versions(),
-        "gpus": gpus if isinstance(gpus, list) else [],
-        "why_no_gpu": None if isinstance(gpus, list) else gpus,
-        "backends": _backends(("cuda", "cpu") if device == "cuda" else ("cpu",)),
-        "integrations": _integrations(),
+        "versions": {
+            "prefix_attn": prefix_attn.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **{name: _version(name) for name in LIBRARIES},
+        },
+        "gpus": gpus,
+        "why_no_gpu": why_no_gpu,
+        "backends": {
+            name: {device: _backend(name, device) for device in devices}
+            for name in (*BACKENDS, "reference")
+        },
+        "integrations": {name: _integration(name) for name in INTEGRATIONS},
         "environment": {
             name: {"meaning": meaning, "value": os.environ.get(name)}
             for name, meaning in ENVIRONMENT.items()
@@ -79,32 +83,31 @@ def render(results: dict[str, Any]) -> str:
             f"{gpu['multiprocessors']} multiprocessors, driver {gpu['driver']}",
         )
         for i, gpu in enumerate(results["gpus"])
-    ] or [("no GPU", results["why_no_gpu"])]
+    ]
     backends = []
     for name, entries in results["backends"].items():
         for device, entry in entries.items():
-            if entry["why_not"]:
-                text = f"no: {entry['why_not']}"
-            else:
-                text = "available"
-                if entry["lacks"]:
-                    text += f", without {', '.join(entry['lacks'])}"
-                if entry["auto"]:
-                    text += f' (what "auto" takes on {device})'
+            text = f"no: {entry['why_not']}" if entry["why_not"] else "available"
+            if entry["lacks"]:
+                text += f", without {', '.join(entry['lacks'])}"
+            if entry["auto"]:
+                text += f' (what "auto" takes on {device})'
             backends.append((f"{name}, {device} tensors", text))
     test = results["self_test"]
-    rows = [
-        [c["name"], f"{c['error']:.1e}", f"{c['pytorch']:.1e}", "ok" if c["ok"] else "FAILED"]
-        for c in test["checks"]
-    ]
     how = f"backend {test['backend']}, {test['dtype']}, {test['device']}, {test['seconds']:.2f} s"
     if test["failure"]:
         how += f"; {test['failure']}"
+    tested = pairs([(test["result"], how)])
+    if test["checks"]:
+        rows = [
+            [c["name"], f"{c['error']:.1e}", f"{c['pytorch']:.1e}", "ok" if c["ok"] else "FAILED"]
+            for c in test["checks"]
+        ]
+        lines = table(["", "error", "PyTorch's", ""], rows).split("\n")
+        tested = "\n".join([tested, *(f"  {line}" for line in lines)])
     sections = {
-        "versions": pairs(
-            (name, version or "not installed") for name, version in results["versions"].items()
-        ),
-        "GPU": pairs(gpus),
+        "versions": pairs((k, v or "not installed") for k, v in results["versions"].items()),
+        "GPU": pairs(gpus or [("no GPU", results["why_no_gpu"])]),
         "backends": pairs(backends),
         "integrations": pairs(
             (name, f"no: {entry['why_not']}" if entry["why_not"] else f"ready: {entry['gives']}")
@@ -114,33 +117,13 @@ def render(results: dict[str, Any]) -> str:
             (name, f"{entry['meaning']}; {_value(entry['value'])}")
             for name, entry in results["environment"].items()
         ),
-        "self-test, forward and backward against float64": "\n".join(
-            [
-                pairs([(test["result"], how)]),
-                *([_indented(table(["", "error", "PyTorch's", ""], rows))] if rows else []),
-            ]
-        ),
+        "self-test, forward and backward against float64": tested,
     }
     return "\n\n".join(f"{title}\n{body}" for title, body in sections.items())
 
 
 def _value(text: str | None) -> str:
     return "not set" if text is None else f"now {text!r}"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.split("\n"))
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {
-        "prefix_attn": prefix_attn.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }
-    for name in LIBRARIES:
-        versions[name] = _version(name)
-    return versions
 
 
 def _version(distribution: str) -> str | None:
@@ -150,117 +133,85 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _gpus() -> list[dict[str, Any]] | str:
-    """The GPUs, or the reason why there are none; no driver is asked for where there is none."""
+def _why_no_gpu() -> str | None:
+    """The reason, or None; no driver is asked for where PyTorch has no use for one."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return f"torch is built for CUDA {torch.version.cuda}, and finds no device"
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        gpus.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "multiprocessors": properties.multi_processor_count,
-                "driver": _driver(),
-            }
-        )
-    return gpus
+    return None
+
+
+def _gpu(i: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(i)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+    }
 
 
 def _driver() -> str:
     """Version of NVIDIA's driver, from the kernel module itself."""
     try:
-        text = DRIVER_FILE.read_text()
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER_FILE.read_text())
     except OSError:
         return "unknown"
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return found.group() if found else "unknown"
 
 
-def _backends(devices: tuple[str, ...]) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each backend and device: why it can't run, or the options it lacks."""
-    backends: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in (*BACKENDS, "reference"):
-        backends[name] = {}
-        for device in devices:
-            dtype = _dtype(device)
+def _backend(name: str, device: str) -> dict[str, Any]:
+    """Why a backend can't run on a device, or the options that it lacks there."""
 
-            def reason(
-                *options: str, name: str = name, device: str = device, dtype: torch.dtype = dtype
-            ) -> str | None:
-                if name == "reference":
-                    return None
-                return BACKENDS[name].why_not(device, dtype, options)
+    def reason(*options: str) -> str | None:
+        if name == "reference":
+            return None
+        return BACKENDS[name].why_not(device, DTYPES[device], options)
 
-            why_not = reason()
-            backends[name][device] = {
-                "why_not": why_not,
-                "lacks": [] if why_not else [o for o in OPTIONS if reason(o)],
-                "auto": _auto(device) == name,
-            }
-    return backends
+    why_not = reason()
+    lacks = [] if why_not else [option for option in OPTIONS if reason(option)]
+    return {"why_not": why_not, "lacks": lacks, "auto": _auto(device) == name}
 
 
 def _auto(device: str) -> str | None:
     try:
-        return choose_backend("auto", device, _dtype(device))
+        return choose_backend("auto", device, DTYPES[device])
     except NotImplementedError:
         return None
 
 
-def _dtype(device: str) -> torch.dtype:
-    """What is trained in on a device."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
-def _integrations() -> dict[str, dict[str, str | None]]:
-    """Imports each integration whose library is installed, so that what is said here is so."""
-    found = {}
-    for name, (library, gives) in INTEGRATIONS.items():
-        why_not = None
-        if library and _version(library) is None:
-            why_not = f"{library} is not installed"
-        else:
-            try:
-                importlib.import_module(f"prefix_attn.integrations.{name}")
-            except Exception as error:  # libraries fail in many ways when versions do not fit
-                why_not = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
-        if name == "verl" and why_not is None and not _verl_plugin():
-            gives = "only with model.external_lib=prefix_attn.integrations.verl (no entry point)"
-        found[name] = {"gives": gives, "why_not": why_not}
-    return found
-
-
-def _verl_plugin() -> bool:
-    """Whether verl finds the plugin by itself: an entry point of the installed package."""
-    return any(
-        point.value == "prefix_attn.integrations.verl"
-        for point in metadata.entry_points(group="verl.plugins")
-    )
+def _integration(name: str) -> dict[str, str | None]:
+    """What an integration gives; it is imported if its library is there, so that this is so."""
+    library, gives = INTEGRATIONS[name]
+    if library and _version(library) is None:
+        return {"gives": gives, "why_not": f"{library} is not installed"}
+    try:
+        importlib.import_module(f"prefix_attn.integrations.{name}")
+    except Exception as error:  # libraries fail in many ways when versions do not fit
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return {"gives": gives, "why_not": f"{type(error).__name__}: {reason}"}
+    plugins = metadata.entry_points(group="verl.plugins")
+    if name == "verl" and f"prefix_attn.integrations.{name}" not in {x.value for x in plugins}:
+        gives = "only with model.external_lib=prefix_attn.integrations.verl (no entry point)"
+    return {"gives": gives, "why_not": None}
 
 
 def _self_test(device: str) -> dict[str, Any]:
     """Ragged tree, grouped heads: forward and backward of "auto" within the error budget."""
     start = time.perf_counter()
-    dtype = _dtype(device)
-    test: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
-    checks = []
-    failure = None
+    checks, failure = [], None
     try:
         layout = PrefixLayout.from_tree([37, 5, 20, 0, 9], [-1, 0, 1, 1, 0], device=device)
-        checks = check_gradients(layout, heads=4, kv_heads=2, head_dim=32, dtype=dtype)
+        checks = check_gradients(layout, (4, 2), head_dim=32, dtype=DTYPES[device])
     except Exception as error:  # a broken installation is what this is for
         failure = f"{type(error).__name__}: {error}"
-    ok = bool(checks) and all(check.ok for check in checks)
-    return test | {
+    return {
+        "device": device,
+        "dtype": str(DTYPES[device]).removeprefix("torch."),
         "backend": _auto(device),
-        "result": "ok" if ok else "FAILED",
+        "result": "ok" if checks and all(check.ok for check in checks) else "FAILED",
         "failure": failure,
         "checks": [check.summary() for check in checks],
         "seconds": time.perf_counter() - start,

@@ -1,22 +1,13 @@
-"""What the commands share: argument types, errors, widths and plain text."""
+"""What the commands share: errors, widths and plain text."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 MIN_WIDTH, MAX_WIDTH = 20, 100
 
 
@@ -35,29 +26,10 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> counted(1, "token"), counted(2000, "token")
-        ('1 token', '2,000 tokens')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: integers from `least` on."""
-
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return integer
+def emit(text: str) -> None:
+    """Prints; what the encoding of the output lacks is written as an escape."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def width() -> int:
@@ -74,10 +46,33 @@ def can_print(characters: str) -> bool:
     return True
 
 
-def emit(text: str) -> None:
-    """Prints; what the encoding of the output lacks is written as an escape."""
-    encoding = sys.stdout.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "token"), counted(2000, "token")
+        ('1 token', '2,000 tokens')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def flops(count: float) -> str:
+    """FLOPs with a prefix: `1.37 TFLOP`."""
+    scaled, unit = _scaled(count, 1000, ("", "K", "M", "G", "T", "P", "E"))
+    return f"{scaled:.3g} {unit}FLOP"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary prefix: `402 MiB`."""
+    scaled, unit = _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
+
+
+def _scaled(count: float, base: int, units: Sequence[str]) -> tuple[float, str]:
+    power = 0
+    while count >= base and power < len(units) - 1:
+        count, power = count / base, power + 1
+    return count, units[power]
 
 
 def visible(text: str) -> str:
@@ -100,17 +95,23 @@ def cut(text: str, columns: int) -> str:
     sizes = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text]
     if sum(sizes) <= columns:
         return text
-    room = columns - 3
-    kept = 0
+    room, kept = columns - 3, 0
     while kept < len(text) and sizes[kept] <= room:
         room -= sizes[kept]
         kept += 1
     return (text[:kept] + "...")[: max(columns, 0)]
 
 
-def paragraph(text: str) -> str:
-    """Text wrapped to the width of the terminal."""
-    return textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False)
+def paragraph(text: str, first: str = "", indent: str = "") -> str:
+    """Text wrapped to the width of the terminal, its lines after `first` and `indent`."""
+    return textwrap.fill(
+        text,
+        width(),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:
@@ -127,16 +128,7 @@ def pairs(rows: Iterable[tuple[str, str]]) -> str:
         if len(name) > column:
             lines.append(f"  {name}")
             first = indent
-        lines.append(
-            textwrap.fill(
-                value,
-                width(),
-                initial_indent=first,
-                subsequent_indent=indent,
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
-        )
+        lines.append(paragraph(value, first, indent))
     return "\n".join(lines)
 
 
@@ -146,34 +138,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     Where it is wider than the terminal, every row becomes a block of names and values.
     """
     lines = [list(header), *map(list, rows)]
-    sizes = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if sum(sizes) + 2 * (len(sizes) - 1) > width():
-        return "\n".join(
-            f"{line[0]}\n{pairs(zip(header[1:], line[1:], strict=True))}" for line in lines[1:]
-        )
-    return "\n".join(
-        "  ".join(
-            cell.rjust(size) if i else cell.ljust(size)
-            for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+        blocks = ((line[0], pairs(zip(header[1:], line[1:], strict=True))) for line in lines[1:])
+        return "\n".join(f"{name}\n{block}" for name, block in blocks)
 
+    def row(line: list[str]) -> str:
+        rest = (cell.rjust(size) for cell, size in zip(line[1:], sizes[1:], strict=True))
+        return "  ".join([line[0].ljust(sizes[0]), *rest]).rstrip()
 
-def flops(count: float) -> str:
-    """FLOPs with a prefix: `1.37 TFLOP`."""
-    scaled, unit = _scaled(count, 1000, ("", "K", "M", "G", "T", "P", "E"))
-    return f"{scaled:.3g} {unit}FLOP"
-
-
-def size(count: float) -> str:
-    """Bytes with a binary prefix: `402 MiB`."""
-    scaled, unit = _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-    return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
-
-
-def _scaled(count: float, base: int, units: Sequence[str]) -> tuple[float, str]:
-    power = 0
-    while count >= base and power < len(units) - 1:
-        count, power = count / base, power + 1
-    return count, units[power]
+    return "\n".join(map(row, lines))
