@@ -602,6 +602,12 @@ def test_inspect_names_unknown_columns(run, tmp_path):
             [["conversations"]],
             ["<user>\na\n<assistant>\nb\n"],
         ),
+        (
+            {"conversations": [{"from": "gpt", "value": "b", "thinking": "a", "weight": None}]},
+            [["conversations"]],
+            ["<assistant>\n<thinking>\na\nb\n"],
+        ),
+        ({"messages": [{"from": "me", "content": "a"}]}, [["messages"]], ["<None>\na\n"]),
         ('"ab"', [], ["ab"]),
         ({"text": "ab"}, [["text"]], ["ab"]),
         ({"prompt": "a", "completion": "bc", "text": "z"}, [["prompt", "completion"]], ["abc"]),
@@ -830,7 +836,7 @@ def test_inspect_counts_all_that_a_message_says(tmp_path, said):
         ((text,), read) = texts(tmp_path, {"messages": turns(content, **said)})
         assert text.startswith("<user>\nlegs of a spider?\n<assistant>\n")
         assert written in text
-        assert read.chat.unread == {}
+        assert read.chat.unread == set()
     # A message may have no content at all.
     message = {"role": "assistant", **said}
     assert written in texts(tmp_path, {"messages": [message]})[0][0]
@@ -861,13 +867,27 @@ def test_inspect_names_columns_that_it_does_not_read(run, tmp_path):
     assert re.search(r"not read +answer$", run("inspect", path)[1], re.M)
 
 
+def test_inspect_names_columns_inside_of_objects_that_it_does_not_read(tmp_path):
+    body = {"model": "m", "messages": turns("8"), "tools": [{"name": "look_up"}], "n": 3}
+    _, read = texts(tmp_path, {"custom_id": "1", "body": body})
+    assert read.unread == ["custom_id", "body.model"]
+
+
 def test_inspect_reads_tools_and_system_prompts(tmp_path):
     tools = [{"name": "look_up"}]
     for given in (tools, json.dumps(tools)):
         (text,), _ = texts(tmp_path, {"messages": turns("8"), "tools": given})
         assert text.startswith('<tools>\n[{"name": "look_up"}]\n<user>\n')
-    (text,), _ = texts(tmp_path, {"system": "Be brief.", "messages": turns("8")})
-    assert text.startswith("Be brief.<user>\n")
+    (text,), _ = texts(tmp_path, {"messages": turns("8"), "tools": "no JSON"})
+    assert text.startswith('<tools>\n"no JSON"\n<user>\n')
+    for record in (
+        {"system": "Be brief.", "messages": turns("8")},
+        {"params": {"system": "Be brief.", "messages": turns("8")}},
+        {"body": {"instructions": "Be brief.", "input": turns("8")}},
+    ):
+        (text,), read = texts(tmp_path, record)
+        assert text.startswith("Be brief.<user>\n")
+        assert read.unread == []
 
 
 def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, tmp_path):
@@ -882,7 +902,7 @@ def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, 
     assert one.endswith('what is it?{"type": "seen", "by": "me"}\n')
     assert read.chat.media == 3
     out = run("inspect", tmp_path / "x.jsonl")[1]
-    assert re.search(r"NOT COUNTED +3 picture or other mediums?: each stands as", out)
+    assert re.search(r"NOT COUNTED +3 picture or such parts: each stands as", out)
 
 
 class DroppingTokenizer(FakeTokenizer):

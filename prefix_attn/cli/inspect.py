@@ -25,6 +25,7 @@ CHILDREN_SHOWN = 8
 ALWAYS_SHOWN = 3
 LEAST_SHARE = 0.01
 PREVIEW_UNITS = 64
+NAMES_SHOWN = 6
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "unit": rollouts.unit,
         "rendered_messages": rollouts.chat.is_plain,
         "message_fields_not_read": sorted(rollouts.chat.unread),
-        "dropped_by_template": dict(rollouts.chat.dropped),
+        "dropped_by_template": dict(+rollouts.chat.dropped),
         "media": rollouts.chat.media,
         "masked_tokens": rollouts.masked,
         "sequences": len(sequences),
@@ -112,7 +113,9 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     columns = " and ".join(" + ".join(path) for path in results["columns"]) or "whole lines"
     facts = [("sequences", f"{results['sequences']:,}"), ("read from", columns)]
     if results["columns_not_read"]:
-        facts.append(("not read", ", ".join(results["columns_not_read"])))
+        more = len(results["columns_not_read"]) - NAMES_SHOWN
+        names = ", ".join(results["columns_not_read"][:NAMES_SHOWN])
+        facts.append(("not read", f"{names} and {more} more" if more > 0 else names))
     if results["unit"] == "tokens":
         facts.append(("compared by", "token ids"))
     else:
@@ -126,7 +129,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("NOT COUNTED", f"{name} of {counted(count, 'message')}: the chat template "
                       "leaves it out"))  # fmt: skip
     if results["media"]:
-        media = counted(results["media"], "picture or other medium")
+        media = counted(results["media"], "picture or such part")
         facts.append(("NOT COUNTED", f"{media}: each stands as a short digest"))
     if results["masked_tokens"]:
         masked = counted(results["masked_tokens"], "token")

@@ -37,7 +37,7 @@ class Chat:
     is_plain: bool = False
     media: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    unread: dict[str, None] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
 
     def encode(self, part: Any, *, is_first: bool) -> np.ndarray:
         """Token ids (int32), or bytes (uint8) of text without a tokenizer.
@@ -50,8 +50,7 @@ class Chat:
             ValueError: if the template refuses the messages.
         """
         if is_messages(part):
-            is_first = False
-            part = self._text([self._message(x) for x in part])
+            is_first, part = False, self._text([self._message(x) for x in part])
         if isinstance(part, str):
             if self.tokenizer is None:
                 # Lone surrogates are legal in JSON.
@@ -61,13 +60,13 @@ class Chat:
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message with a role and content, without nulls, which Parquet puts into its gaps."""
-        if "role" not in message and "from" in message:
-            name = str(message["from"])
-            message = {"role": ROLES.get(name, name), "content": message["value"]}
-        content = message.get("content")
-        if isinstance(content, list):
-            content = [self._part(x) for x in content]
-        return {**_without_nulls(message), "content": content}
+        message = {**_without_nulls(message), "content": message.get("content")}
+        if "value" in message and message["content"] is None:
+            name, message["content"] = str(message.pop("from")), message.pop("value")
+            message["role"] = ROLES.get(name, name)
+        if isinstance(message["content"], list):
+            message["content"] = [self._part(x) for x in message["content"]]
+        return message
 
     def _part(self, part: Any) -> Any:
         """A part of a content: media become a text that is the same for the same media."""
@@ -79,41 +78,54 @@ class Chat:
 
     def _text(self, messages: list[dict[str, Any]]) -> str:
         """Messages as text: by the chat template of the tokenizer, or each after its role."""
-        tools = json.loads(self.tools) if isinstance(self.tools, str) else self.tools
-        if not getattr(self.tokenizer, "chat_template", None):
-            self.is_plain = True
-            start = f"<tools>\n{_json(tools)}\n" if tools else ""
-            return start + "".join(map(self._plain, messages))
-        more = {"tools": tools} if tools else {}
+        if getattr(self.tokenizer, "chat_template", None):
+            try:
+                text = self._templated(messages)
+            except Exception as error:  # templates raise errors of their own
+                raise ValueError(f"the chat template refuses the messages: {error}") from None
+            for name in (*BEFORE, *AFTER):
+                self.dropped[name] += self._missing(name, messages, text)
+            return text
+        self.is_plain = True
+        start = f"<tools>\n{_json(self._parsed_tools())}\n" if self.tools else ""
+        return start + "".join(map(self._plain, messages))
 
-        def rendered(messages: list[dict[str, Any]]) -> str:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **more))
-
+    def _parsed_tools(self) -> Any:
+        """Tools, which some data sets keep as JSON."""
         try:
-            text = rendered(messages)
-        except Exception as error:  # templates raise errors of their own
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
-        for name in (*BEFORE, *AFTER):
-            said = [message[name] for message in messages if message.get(name)]
-            if said and all(isinstance(x, str) for x in said):
-                missing = sum(x.strip() not in text for x in said)
-            else:
-                bare = [{k: x for k, x in m.items() if k != name} for m in messages]
-                missing = len(said) if said and _same(rendered, bare, text) else 0
-            if missing:
-                self.dropped[name] += missing
-        return text
+            return json.loads(self.tools) if isinstance(self.tools, str) else self.tools
+        except ValueError:
+            return self.tools
+
+    def _templated(self, messages: list[dict[str, Any]]) -> str:
+        more = {"tools": self._parsed_tools()} if self.tools else {}
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **more))
+
+    def _missing(self, name: str, messages: list[dict[str, Any]], text: str) -> int:
+        """Of how many messages the template left out a field: its text, or any trace of it."""
+        said = [message[name] for message in messages if message.get(name)]
+        if all(isinstance(x, str) for x in said):
+            return sum(x.strip() not in text for x in said)
+        try:
+            bare = self._templated([{k: x for k, x in m.items() if k != name} for m in messages])
+        except Exception:  # it misses the field, so it reads it
+            return 0
+        return len(said) if bare == text else 0
 
     def _plain(self, message: dict[str, Any]) -> str:
         """A message after its role, with all that it says."""
-        self.unread |= dict.fromkeys(set(message) - {"role", "content", *BEFORE, *AFTER})
+        self.unread |= set(message) - {"role", "content", *BEFORE, *AFTER}
         content = message["content"]
-        if isinstance(content, list):
-            content = "".join(map(_part_text, content))
-        text = f"<{message.get('role')}>\n"
-        text += "".join(_field(name, message) for name in BEFORE)
-        text += f"{'' if content is None else _part_text(content)}\n"
-        return text + "".join(_field(name, message) for name in AFTER)
+        parts = content if isinstance(content, list) else [content or ""]
+        return "".join(
+            [
+                f"<{message.get('role')}>\n",
+                *(f"<{name}>\n{_written(message[name])}\n" for name in BEFORE if message.get(name)),
+                *map(_written, parts),
+                "\n",
+                *(f"<{name}>\n{_written(message[name])}\n" for name in AFTER if message.get(name)),
+            ]
+        )
 
 
 def is_messages(value: Any) -> bool:
@@ -122,31 +134,16 @@ def is_messages(value: Any) -> bool:
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(x, dict) and ("content" in x or "role" in x or {"from", "value"} <= set(x))
+            isinstance(x, dict) and (x.keys() & {"content", "role"} or {"from", "value"} <= set(x))
             for x in value
         )
     )
 
 
-def _same(rendered: Any, messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether a template gives this text; one that misses something does read it."""
-    try:
-        return bool(rendered(messages) == text)
-    except Exception:  # templates raise errors of their own
-        return False
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    return _json(part)
-
-
-def _field(name: str, message: dict[str, Any]) -> str:
-    value = message.get(name)
-    return f"<{name}>\n{value if isinstance(value, str) else _json(value)}\n" if value else ""
+def _written(part: Any) -> str:
+    """Text as it is, or that of a part; all else as JSON."""
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else _json(part)
 
 
 def _without_nulls(value: Any) -> Any:

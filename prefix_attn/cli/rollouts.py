@@ -27,8 +27,10 @@ KNOWN = (
     "input_ids + output_ids, input_ids, token_ids, tokens, prompt + completion, "
     "prompt + completions, prompt + response, prompt + responses, prompt + outputs.text, "
     "prompt + chosen and prompt + rejected, chosen and rejected, system + messages, messages, "
-    "system + conversations, conversations, body.messages, body.prompt, body.input, "
-    "question + answer, instruction + input + output, instruction + output, input + output, text"
+    "system + conversations, conversations, body.messages, body.prompt, "
+    "body.instructions + body.input, body.input, params.system + params.messages, "
+    "params.messages, question + answer, instruction + input + output, instruction + output, "
+    "input + output, text"
 )
 Paths = tuple[tuple[str, ...], ...]
 # Columns whose padding another column tells, by a mask or by lengths (NeMo-RL). TRL's
@@ -233,11 +235,25 @@ def _choose(record: dict[str, Any], columns: list[str], where: str, rollouts: Ro
         raise UsageError(f"{where} has {none}; name one or more with --column")
     rollouts.paths = paths
     read = {column for path in paths for column in path}
-    read |= {tells[x] for tells in (MASKS, LENGTHS) for x in read & set(tells)} | {"tools"}
-    read = {column.split(".")[0] for column in read}
-    rollouts.unread = [
-        name for name, x in record.items() if name not in read and isinstance(x, (str, list, dict))
-    ]
+    read |= {tells[x] for tells in (MASKS, LENGTHS) for x in read & set(tells)}
+    rollouts.unread = list(_unread(record, read | set(map(_beside, read)), ""))
+
+
+def _beside(column: str) -> str:
+    """The column that holds the tools of messages."""
+    inside, dot, _ = column.rpartition(".")
+    return f"{inside}{dot}tools"
+
+
+def _unread(record: dict[str, Any], read: set[str], inside: str) -> Iterator[str]:
+    """Columns that hold text, lists or objects and are not read."""
+    for name, value in record.items():
+        column = inside + name
+        if any(x.startswith(f"{column}.") for x in read):
+            first = value[0] if isinstance(value, list) else value
+            yield from _unread(first, read, f"{column}.")
+        elif value and column not in read and isinstance(value, (str, list, dict)):
+            yield column
 
 
 def _has(record: dict[str, Any], column: str) -> bool:
@@ -272,10 +288,9 @@ def _sequences(value: Any, rollouts: Rollouts) -> Iterator[np.ndarray]:
         for part in _alternatives(value, where):
             yield _joined([part], rollouts)
         return
-    rollouts.chat.tools = value.get("tools")
-    if isinstance(value.get("body"), dict):
-        rollouts.chat.tools = value["body"].get("tools")
     for path in rollouts.paths:
+        tools = _beside(path[-1])
+        rollouts.chat.tools = _look_up(value, tools)[0] if _has(value, tools) else None
         for parts in product(*(_column(value, column, rollouts) for column in path)):
             yield _joined(list(parts), rollouts)
 
