@@ -173,12 +173,12 @@ def is_kept(row: dict[str, Any]) -> bool:
 @contextmanager
 def using(config: Config) -> Iterator[None]:
     """Launches with a configuration, whatever the device is."""
-    before = triton_backend._config
-    triton_backend._config = lambda *_, **__: config
+    before = triton_backend.config_for
+    triton_backend.config_for = lambda *_, **__: config
     try:
         yield
     finally:
-        triton_backend._config = before
+        triton_backend.config_for = before
 
 
 def time_candidate(

@@ -458,7 +458,7 @@ def _launch(program: Program) -> Any:
         arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
     changes = [
         *stand_ins,
-        (triton_backend, "_config", lambda *_, **__: program.config),
+        (triton_backend, "config_for", lambda *_, **__: program.config),
         (triton_backend, "why_not", lambda *_, **__: None),
         (torch.backends.cuda.matmul, "allow_tf32", program.dtype == "tf32"),
     ]

@@ -52,7 +52,7 @@ def _forward_kernel(
     """The launcher that `PREFIX_ATTN_FORWARD` names, "triton" by default, and its configuration."""
     from prefix_attn.kernels.forward import launch_forward
 
-    config, name = _config(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
+    config, name = config_for(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
     if name == "triton":
         return launch_forward, config
     if name != "gluon":
@@ -88,7 +88,7 @@ def backward(
 
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
-    config = _config(q, v)
+    config = config_for(q, v)
     fused = config.fused is not None and _any_order(options)
     bent_window = options.softcap is not None and options.window_size is not None
     config = replace(config, keys=config.keys_for(fused=fused, bent_window=bent_window))
@@ -151,7 +151,8 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _config(q: Tensor, v: Tensor) -> Config:
+def config_for(q: Tensor, v: Tensor) -> Config:
+    """What is launched for q and v; sweeps and tests put functions of their own in its place."""
     from prefix_attn import tuning
     from prefix_attn.kernels.config import INTERPRETER, select_config
     from prefix_attn.kernels.primitives import dot_precision

@@ -90,7 +90,7 @@ def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
         assert not k.is_contiguous()
     with_pointers = prefix_attention(q, k, v, layout, return_lse=True, backend="triton")
     config = replace(INTERPRETER, forward_descriptors=True)
-    monkeypatch.setattr(triton_backend, "_config", lambda q, v: config)
+    monkeypatch.setattr(triton_backend, "config_for", lambda q, v: config)
     by_descriptors = prefix_attention(q, k, v, layout, return_lse=True, backend="triton")
     for a, b in zip(by_descriptors, with_pointers, strict=True):
         assert torch.equal(a, b)
@@ -156,7 +156,7 @@ def test_triton_adds_up_dq_either_way_round(block_m, monkeypatch):
     from prefix_attn.kernels.config import INTERPRETER, Tile
 
     config = replace(INTERPRETER, fused=Tile(block_m, 32))
-    monkeypatch.setattr(triton_backend, "_config", lambda q, v: config)
+    monkeypatch.setattr(triton_backend, "config_for", lambda q, v: config)
     monkeypatch.setattr(triton_backend, "_any_order", lambda options: True)
     _check(SPLIT, 2, 1, 16, 32, torch.float64)
 
