@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.cases import DTYPES, Case, default_dtype, table
+from bench.cases import TIMED_DTYPES, Case, default_dtype, table
 from bench.measure import MIN_ROUNDS, Outcome, run_case
 
 
@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--case", action="append", default=[], metavar="P,S,G,Hq,Hkv,D", help="may be repeated"
     )
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", choices=TIMED_DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
     options = parser.parse_args(arguments)
     try:

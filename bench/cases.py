@@ -8,7 +8,14 @@ import torch
 
 from prefix_attn import PrefixLayout
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# tf32: float32 whose products run on tensor cores, torch.backends.cuda.matmul.allow_tf32.
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+TIMED_DTYPES = ("float16", "bfloat16", "float32")
 # The longest sequence whose (L, L) float64 scores the correctness gate computes.
 GATE_SEQUENCE = 640
 
@@ -24,7 +31,7 @@ class Case:
         heads_q: query heads, Hq.
         heads_kv: key and value heads, Hkv.
         head_dim: D, of queries, keys and values.
-        dtype: a key of `DTYPES`.
+        dtype: one of `TIMED_DTYPES`.
     """
 
     prefix: int
@@ -48,8 +55,9 @@ class Case:
             raise ValueError(
                 f"heads_q must be a multiple of heads_kv, got {self.heads_q} and {self.heads_kv}"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in TIMED_DTYPES:
+            names = ", ".join(TIMED_DTYPES)
+            raise ValueError(f"dtype must be one of {names}, got {self.dtype!r}")
 
     @property
     def tokens(self) -> int:

@@ -12,18 +12,11 @@ import torch
 from torch import Tensor
 
 from bench import providers
-from bench.cases import Case
+from bench.cases import DTYPES, Case
 from bench.measure import TENSORS, packed_tensors
 from bench.providers import Inputs, Provider
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.testing import assert_within_budget, repeated_attention
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-}
 
 
 class UnsupportedError(Exception):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Case
+from bench.cases import DTYPES, TIMED_DTYPES, Case
 from bench.gpu_units import Session, Unit, WrongResultError, sample
 from bench.measure import disagreement, pass_times, warm_up
 from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a sweep is told on the command line."""
     parser.add_argument("--kernel", choices=("forward", "backward"), help="sweep its tiles instead")
     parser.add_argument("--case", metavar="P,S,G,Hq,Hkv,D", help=f"of the sweep ({CASE})")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the sweep (bfloat16)")
+    parser.add_argument("--dtype", choices=TIMED_DTYPES, help="of the sweep (bfloat16)")
     parser.add_argument("--mode", choices=list(_modes()), help="of the sweep (none)")
 
 

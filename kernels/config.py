@@ -22,6 +22,10 @@ class Tile:
         """Scores in a tile."""
         return self.block_m * self.block_n
 
+    def __str__(self) -> str:
+        """Such as `128x64 s5`."""
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -585,7 +585,7 @@ def compile_kernel(dtype: str, head_dim: int, head_dim_v: int) -> dict[str, Any]
 @pytest.fixture(scope="module", params=[("bfloat16", 128, 128), ("float16", 64, 64)])
 def machine_code(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Compiled in a process of its own."""
-    from bench.machine_code import missing_tools
+    from bench.machine_code.compile import missing_tools
 
     if reason := missing_tools():
         pytest.skip(reason)

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
-from bench import budget, machine_code, sass
-from bench.budget import Budget, KnownFault
-from bench.machine_code import Figures, LoopFigures, Program, Report, Violation
+from bench.machine_code import budget, programs, sass
+from bench.machine_code.budget import Budget, KnownFault
+from bench.machine_code.compile import compile_all, missing_tools
+from bench.machine_code.figures import Figures, LoopFigures, Report, Violation, read_figures
+from bench.machine_code.programs import LoopKind, Program
 
 ROOT = Path(__file__).parents[1]
 IS_OLDEST = triton.__version__.startswith("3.6.")
@@ -27,7 +29,7 @@ BOUNDED = {
 RUNTIME = ("num_", "stride_", "scale", "softcap", "window_size", "heads_per_section")
 
 needs_compiler = pytest.mark.skipif(
-    bool(machine_code.missing_tools()), reason=machine_code.missing_tools() or "all tools found"
+    bool(missing_tools()), reason=missing_tools() or "all tools found"
 )
 
 
@@ -36,8 +38,8 @@ def test_machine_code_is_within_its_budget():
     """All of the quick set in one test: compilers are started once, whatever runs the tests."""
     kept = Budget.from_file(triton.__version__)
     if kept.baselines:  # none for a version of Triton that is newer than the file
-        assert kept.missing(machine_code.quick()) == []
-    reports = machine_code.compile_all(machine_code.quick(), jobs=2)
+        assert kept.missing(programs.quick()) == []
+    reports = compile_all(programs.quick(), jobs=2)
     over = {r.program.label: found for r in reports if (found := kept.violations(r))}
     assert over == {}
 
@@ -47,15 +49,15 @@ def test_tile_that_is_too_large_breaks_the_budget():
     program = Program.from_selection("forward", 90, "bfloat16", 128)
     wide = replace(program.config.forward, block_m=128, block_n=128)
     program = replace(program, config=replace(program.config, forward=wide, forward_warps=4))
-    (report,) = machine_code.compile_all([program], jobs=1)
+    (report,) = compile_all([program], jobs=1)
     assert rules_broken(report) - {"serialized"} == {"spills", "loop spills", "baseline"}
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernel", machine_code.KERNELS)
+@pytest.mark.parametrize("kernel", programs.KERNELS)
 def test_heads_smaller_than_a_product_compile_without_spills(kernel):
     program = Program.from_selection(kernel, 90, "bfloat16", 2, head_dim_v=8)
-    (report,) = machine_code.compile_all([program], jobs=1)
+    (report,) = compile_all([program], jobs=1)
     assert report.error == ""
     assert rules_broken(report) == set()
 
@@ -79,7 +81,7 @@ def test_masked_loop_before_the_full_loop_breaks_the_budget(checkout):
     path = checkout / "kernels" / "backward.py"
     path.write_text(with_loops_swapped(path.read_text(), "key_tile"))
     program = Program.from_selection("backward", 90, "bfloat16", 128)
-    (report,) = machine_code.compile_all([program], jobs=1, root=checkout)
+    (report,) = compile_all([program], jobs=1, root=checkout)
     assert report.error == ""
     # What is serialized is longer, too.
     assert rules_broken(report) == {"serialized", "hot loop"}
@@ -90,7 +92,7 @@ def test_kernel_that_spills_breaks_the_budget(checkout):
     path = checkout / "kernels" / "forward.py"
     path.write_text(with_spill(path.read_text()))
     program = Program.from_selection("forward", 90, "bfloat16", 64)
-    (report,) = machine_code.compile_all([program], jobs=1, root=checkout)
+    (report,) = compile_all([program], jobs=1, root=checkout)
     assert report.error == ""
     assert rules_broken(report) - {"serialized"} == {"spills", "loop spills", "hot loop"}
 
@@ -219,7 +221,7 @@ def test_updating_a_budget_keeps_its_exceptions(tmp_path):
 
 
 def test_every_exception_is_of_a_program_that_exists():
-    known = {program.label for program in machine_code.everything()}
+    known = {program.label for program in programs.everything()}
     for faults in json.loads(budget.PATH.read_text())["exceptions"].values():
         for fault in faults:
             assert set(fault["programs"]) <= known
@@ -302,13 +304,23 @@ def test_model_charges_half_of_the_rate_for_hmma_on_hopper():
 )
 def test_products_count_both_head_dims(kernel, function, width, repeated):
     program = Program.from_selection(kernel, 90, "bfloat16", 192, head_dim_v=128)
-    assert (program.width(function), program.repeated(function)) == (width, repeated)
+    kind = program.kind(function)
+    assert (program.width(kind), program.repeated(kind)) == (width, repeated)
     assert program.label == f"sm_90 bf16 D192/128 {kernel}"
+
+
+def test_every_loop_of_the_budget_is_of_a_kind_that_the_kernels_name():
+    """What is counted for a loop depends on its kind: none is taken for another by default."""
+    baselines = json.loads(budget.PATH.read_text())["baselines"].values()
+    functions = {function for kept in baselines for x in kept.values() for function in x["loops"]}
+    assert functions == {kind.value for kind in LoopKind}
+    with pytest.raises(ValueError, match="value_tile"):
+        Program.from_selection("backward", 90, "bfloat16", 128).kind("value_tile")
 
 
 def test_options_under_which_keys_spill_have_tiles_of_their_own():
     plain = Program.from_selection("backward", 90, "bfloat16", 128)
-    together = replace(plain, options=machine_code.COMBINED)
+    together = replace(plain, options=programs.COMBINED)
     assert plain.keys == plain.config.keys
     assert together.keys == plain.config.bent_window != plain.keys
     assert replace(together, options=(*together.options, "fused")).keys == plain.config.fused
@@ -316,15 +328,15 @@ def test_options_under_which_keys_spill_have_tiles_of_their_own():
 
 def test_log_and_listing_are_read():
     log = "4 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\nUsed 99 registers"
-    figures = machine_code.read_figures(PROGRAM, log + "\nwgmma serialized", listing(), shared=64)
+    figures = read_figures(PROGRAM, log + "\nwgmma serialized", listing(), shared=64)
     assert (figures.registers, figures.spill_stores, figures.spill_loads) == (99, 8, 12)
     assert (figures.tensor, figures.local, figures.serialized) == ({"HGMMA": 3}, 1, True)
     (only,) = figures.loops.values()
     assert (only.local, only.tensor) == (1, {"HGMMA": 2})
-    assert Figures.from_json(json.dumps(machine_code.asdict(figures))) == figures
+    assert Figures.from_json(json.dumps(asdict(figures))) == figures
 
 
-@pytest.mark.parametrize("kernel", machine_code.KERNELS)
+@pytest.mark.parametrize("kernel", programs.KERNELS)
 def test_lengths_strides_and_scale_do_not_recompile(kernel):
     """Only bounded choices are constexpr, and lengths are not specialised on their values."""
     from prefix_attn.kernels import backward, forward

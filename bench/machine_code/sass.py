@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import networkx
+
 # Tensor-core instructions: Ampere and consumer Blackwell, Hopper, data-centre Blackwell.
 TENSOR = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA)$")
 LOCAL = ("LDL", "STL")
@@ -293,55 +295,22 @@ def _natural_loops(successors: dict[int, list[int]]) -> dict[int, set[int]]:
     if not successors:
         return {}
     entry = next(iter(successors))
-    order, seen, stack = [], {entry}, [(entry, iter(successors[entry]))]
-    while stack:
-        node, rest = stack[-1]
-        following = next((x for x in rest if x not in seen), None)
-        if following is None:
-            order.append(node)
-            stack.pop()
-        else:
-            seen.add(following)
-            stack.append((following, iter(successors[following])))
-    order.reverse()
-    rank = {node: i for i, node in enumerate(order)}
-    before: dict[int, list[int]] = {node: [] for node in order}
-    for node in order:
-        for following in successors[node]:
-            before[following].append(node)
-    dominator = {entry: entry}
-    changed = True
-    while changed:
-        changed = False
-        for node in order[1:]:
-            known = [x for x in before[node] if x in dominator]
-            best = known[0]
-            for other in known[1:]:
-                while best != other:
-                    if rank[best] > rank[other]:
-                        best = dominator[best]
-                    else:
-                        other = dominator[other]
-            if dominator.get(node) != best:
-                dominator[node], changed = best, True
+    graph = networkx.DiGraph(successors)
+    graph = graph.subgraph({entry, *networkx.descendants(graph, entry)})
+    dominator = networkx.immediate_dominators(graph, entry)
 
     def dominates(head: int, node: int) -> bool:
-        while node != head and dominator[node] != node:
+        while node not in (head, entry):
             node = dominator[node]
         return node == head
 
     found: dict[int, set[int]] = {}
-    for node in order:
-        for head in successors[node]:
-            if not dominates(head, node):
-                continue
-            body, todo = {head, node}, [] if node == head else [node]
-            while todo:
-                for x in before[todo.pop()]:
-                    if x not in body:
-                        body.add(x)
-                        todo.append(x)
-            found.setdefault(head, set()).update(body)
+    for node, head in graph.edges:
+        if dominates(head, node):
+            # What reaches the branch back to the head without passing the head.
+            rest = graph.subgraph(graph.nodes - {head})
+            inside = set() if node == head else {node, *networkx.ancestors(rest, node)}
+            found.setdefault(head, {head}).update(inside)
     return found
 
 

@@ -1,0 +1,1 @@
+"""What Triton and ptxas make of the kernels: compiled ahead of time, modelled, held to a budget."""

@@ -1,0 +1,197 @@
+"""Compiles the kernels ahead of time and reports their machine code, without a GPU.
+
+`python -m bench.machine_code` compiles every kernel as the package's own launchers call it, in the
+configurations of `everything`, and holds the result against `bench/machine_code_budget.json`.
+`--arch`, `--dtype`, `--head-dim` and `--kernel` choose others. The shares of peak come from a model
+that counts issue slots (`bench.machine_code.sass`): nothing here is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import tables
+from bench.cases import DTYPES
+from bench.machine_code.budget import Budget
+from bench.machine_code.compile import compile_all, missing_tools
+from bench.machine_code.figures import LIMITS, Report
+from bench.machine_code.programs import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    HEADS,
+    KERNELS,
+    KV_HEADS,
+    everything,
+    quick,
+    selected,
+)
+
+NOTE = (
+    "Compiled, not measured: nothing here ran on a GPU. The shares are those of a model that "
+    "counts issue slots."
+)
+
+
+def table(reports: list[Report]) -> str:
+    """Aligned text, one line per program and one below it per full loop."""
+    header = (
+        "program", "tiles, stages, warps", "regs", "spill st/ld", "shared KiB", "blocks",
+        "instructions", "LDL+STL", "UTMALDG", "tensor cores", "share of peak (model)",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [header]
+    for report in reports:
+        program, figures = report.program, report.figures
+        if figures is None:
+            lines.append((program.label, program.shape, *("-",) * (len(header) - 2)))
+            continue
+        shares = report.shares()
+        lines.append(
+            (
+                program.label,
+                program.shape,
+                str(figures.registers),
+                f"{figures.spill_stores}/{figures.spill_loads}",
+                f"{figures.shared / 1024:.1f}",
+                str(report.blocks),
+                str(figures.instructions),
+                str(figures.local),
+                str(figures.tma),
+                _counts(figures.tensor),
+                f"{shares[0]:.0%}-{shares[1]:.0%}" if shares else "",
+            )
+        )
+        for function, loop in figures.loops.items():
+            lines.append(
+                (
+                    f"  full loop of {function}",
+                    _counts(loop.mix),
+                    *[""] * 4,
+                    str(loop.instructions),
+                    str(loop.local),
+                    str(loop.tma),
+                    _counts(loop.tensor),
+                    f"{loop.useful:.0f} of {loop.together:.0f}-{loop.apart:.0f} clocks",
+                )
+            )
+    return tables.text(lines, "l" * len(header))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return " ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def as_json(reports: list[Report], triton_version: str) -> str:
+    """All figures, with the versions that they depend on."""
+    programs = []
+    for report in reports:
+        shares = report.shares()
+        programs.append(
+            {
+                "label": report.program.label,
+                **asdict(report.program),
+                "shape": report.program.shape,
+                "figures": report.figures and asdict(report.figures),
+                "blocks": report.blocks,
+                "modelled_share": shares and {"apart": shares[0], "together": shares[1]},
+                "violations": [asdict(x) for x in report.violations()],
+                "error": report.error,
+            }
+        )
+    return json.dumps({"note": NOTE, "triton": triton_version, "programs": programs}, indent=1)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; exits with the reason when it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the set of the tests")
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(LIMITS), help="80 90 100")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all")
+    parser.add_argument(
+        "--head-dim", nargs="+", metavar="D", help=f"D or D/DV: {' '.join(HEAD_DIMS)}"
+    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="all")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--update-budget",
+        action="store_true",
+        help="write the figures into bench/machine_code_budget.json; its exceptions stay",
+    )
+    options = parser.parse_args(arguments)
+    chosen = (options.arch, options.dtype, options.head_dim, options.kernel)
+    if options.quick and any(chosen):
+        parser.error("--quick chooses what to compile: leave out --arch, --dtype, and so on")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    for size in options.head_dim or ():
+        if not re.fullmatch(r"\d+(/\d+)?", size):
+            parser.error(f"--head-dim must be D or D/DV, such as 192/128, got {size!r}")
+        for head_dim in size.split("/"):
+            if not 1 <= int(head_dim) <= 256:
+                parser.error(f"--head-dim must be in 1..256, got {head_dim}")
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        parser.error(f"--json must name a file in a folder that exists, got {options.json}")
+    options.programs = quick() if options.quick else everything()
+    if any(chosen):
+        options.programs = selected(
+            options.arch or list(ARCHITECTURES),
+            options.dtype or list(DTYPES),
+            options.head_dim or list(HEAD_DIMS),
+            options.kernel or list(KERNELS),
+        )
+    return options
+
+
+def main() -> int:
+    """Compiles and reports; 1 if a program is over its budget, 2 if nothing can be compiled."""
+    options = parse()
+    if reason := missing_tools():
+        print(f"python -m bench.machine_code: {reason}", file=sys.stderr)
+        return 2
+    import triton
+
+    budget = Budget.from_file(triton_version=triton.__version__)
+    programs, started, done = options.programs, time.monotonic(), 0
+
+    def tick(report: Report) -> None:
+        nonlocal done
+        done += 1
+        seconds = time.monotonic() - started
+        left = seconds / done * (len(programs) - done)
+        words = "; ".join(x.text for x in report.violations()) or "ok"
+        print(
+            f"[{done}/{len(programs)}, {left:.0f} s left] {report.program.label}: {words}",
+            file=sys.stderr,
+        )
+
+    reports = compile_all(programs, options.jobs, tick)
+    seconds = time.monotonic() - started
+    print(f"\nTriton {triton.__version__}, {HEADS}/{KV_HEADS} heads. {NOTE}\n\n{table(reports)}\n")
+    if options.json:
+        options.json.write_text(as_json(reports, triton.__version__) + "\n")
+    if options.update_budget:
+        known = {program.label for program in everything()}
+        budget = budget.updated(reports).pruned(known | {r.program.label for r in reports})
+        budget.write()
+        print(f"Written: {budget.path}")
+    over = [(report, found) for report in reports if (found := budget.violations(report))]
+    for report, found in over:
+        for violation in found:
+            print(f"{report.program.label}: {violation.rule}: {violation.text}")
+    print(f"{len(reports)} programs in {seconds:.0f} s, {len(over)} over their budget")
+    if missing := budget.missing(programs):
+        print(
+            f"{len(missing)} of them have no baseline for Triton {budget.triton}, so that their "
+            "loops were compared with nothing: --update-budget writes them"
+        )
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

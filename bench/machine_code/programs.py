@@ -1,0 +1,205 @@
+"""Which kernels are compiled in which configurations: programs, and sets of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from bench.cases import DTYPES
+from prefix_attn.kernels.config import Config, Tile, select_config
+
+KERNELS = ("forward", "backward", "delta", "reduce")
+# D, or D/DV where they differ.
+HEAD_DIMS = ("64", "80", "96", "128", "192/128", "256")
+ARCHITECTURES = (80, 90, 100)
+# What changes the kernels: arguments of `prefix_attention`, where sinks stands for a tensor, and
+# the segments that a layout's queries are restricted to.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window_size": 96},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": True},
+    "bidirectional": {"prefix_causal": False},
+    "subset": {"queries_for": [1, 2]},
+    "fused": {"deterministic": False},
+}
+COMBINED = ("window", "softcap", "sinks", "bidirectional")
+HEADS, KV_HEADS = 32, 8
+PROCESSORS = 132
+
+
+class LoopKind(Enum):
+    """The kinds of loops that multiply matrices, by the source function that holds them."""
+
+    FORWARD = "forward_kernel"
+    KEYS = "key_tile"
+    QUERIES = "query_tile"
+
+
+# Matrix products per tile that are as long or wide as D, and as DV.
+PRODUCTS = {LoopKind.FORWARD: (1, 1), LoopKind.KEYS: (2, 2), LoopKind.QUERIES: (2, 1)}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One kernel in one configuration.
+
+    Attributes:
+        kernel: its name without `_kernel`.
+        capability: such as 90.
+        dtype: a key of `DTYPES`.
+        head_dim: D.
+        config: tiles, warps, stages.
+        options: keys of `OPTIONS`.
+        head_dim_v: DV, or None for D.
+    """
+
+    kernel: str
+    capability: int
+    dtype: str
+    head_dim: int
+    config: Config
+    options: tuple[str, ...] = ()
+    head_dim_v: int | None = None
+
+    @classmethod
+    def from_selection(
+        cls,
+        kernel: str,
+        capability: int,
+        dtype: str,
+        head_dim: int,
+        options: tuple[str, ...] = (),
+        head_dim_v: int | None = None,
+    ) -> Program:
+        """The program that the package would launch there."""
+        config = select_config(
+            capability,
+            head_dim,
+            DTYPES[dtype],
+            PROCESSORS,
+            head_dim_v=head_dim_v,
+            tf32=dtype == "tf32",
+        )
+        return cls(kernel, capability, dtype, head_dim, config, options, head_dim_v)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """D and DV."""
+        return self.head_dim, self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+    @property
+    def label(self) -> str:
+        """A short name, unique in a report: `sm_90 bf16 D192/128 backward softcap`."""
+        dtype = self.dtype.replace("bfloat", "bf").replace("float", "fp")
+        size = f"D{self.head_dim}" + ("" if self.head_dim_v is None else f"/{self.head_dim_v}")
+        return " ".join((f"sm_{self.capability}", dtype, size, self.kernel, *self.options))
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether it is one of the kernels that multiply matrices."""
+        return self.kernel in ("forward", "backward")
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        config = self.config
+        return {"forward": config.forward_warps, "backward": config.backward_warps}.get(
+            self.kernel, 4
+        )
+
+    @property
+    def shape(self) -> str:
+        """Tiles, warps and stages; for the backward those of dK and dV, then those of dQ."""
+        tiles = {
+            "forward": (self.config.forward,),
+            "backward": (self.keys,) if self.is_fused else (self.keys, self.config.queries),
+        }.get(self.kernel, ())
+        return " ".join([" + ".join(map(str, tiles)), f"w{self.warps}"]).strip()
+
+    def kind(self, function: str) -> LoopKind:
+        """The kind of the loops of a source function; the forward has one kind.
+
+        Raises:
+            ValueError: if loops of this function are of no kind that is known.
+        """
+        return LoopKind.FORWARD if self.kernel == "forward" else LoopKind(function)
+
+    def area(self, kind: LoopKind) -> int:
+        """Scores in a tile."""
+        tiles = {LoopKind.FORWARD: self.config.forward, LoopKind.QUERIES: self.config.queries}
+        return tiles.get(kind, self.keys).area
+
+    def width(self, kind: LoopKind, *, padded: bool = False) -> int:
+        """Multiply-adds per score."""
+        d, dv = (1 << (x - 1).bit_length() if padded else x for x in self.dims)
+        with_d, with_dv = PRODUCTS[kind]
+        return (with_d + (self.is_fused and kind is LoopKind.KEYS)) * d + with_dv * dv
+
+    def repeated(self, kind: LoopKind) -> int:
+        """The part of `width` that programs of the other kind compute as well: S and dP."""
+        return sum(self.dims) if kind is LoopKind.QUERIES else 0
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is a backward in which programs that own keys add up dQ."""
+        chosen = "fused" in self.options and self.kernel == "backward"
+        return chosen and self.config.fused is not None
+
+    @property
+    def keys(self) -> Tile:
+        """The tile of dK and dV."""
+        bent_window = {"softcap", "window"} <= set(self.options)
+        return self.config.keys_for(fused=self.is_fused, bent_window=bent_window)
+
+
+def selected(
+    architectures: list[int],
+    dtypes: list[str],
+    head_dims: list[str],
+    kernels: list[str],
+    options: tuple[str, ...] = (),
+) -> list[Program]:
+    """What the package launches on these architectures; head dimensions as in `HEAD_DIMS`."""
+    return [
+        Program.from_selection(kernel, capability, dtype, head_dim, options, *head_dim_v)
+        for capability in architectures
+        for dtype in dtypes
+        for head_dim, *head_dim_v in (map(int, size.split("/")) for size in head_dims)
+        for kernel in kernels
+    ]
+
+
+def with_options(architectures: list[int], head_dims: list[str], *chosen: str) -> list[Program]:
+    """Forward and backward with options, where these change them; bfloat16."""
+    programs = selected(architectures, ["bfloat16"], head_dims, ["forward", "backward"], chosen)
+    return [x for x in programs if "fused" not in chosen or x.is_fused]
+
+
+def quick() -> list[Program]:
+    """The set of the tests: three minutes on two cores."""
+    plain = selected(list(ARCHITECTURES), ["bfloat16"], list(HEAD_DIMS), ["forward", "backward"])
+    alone = [x for option in OPTIONS for x in with_options([90], ["128"], option)]
+    combined = with_options([90], ["128"], *COMBINED)
+    return plain + alone + combined + with_options([90, 100], ["64"], "fused")
+
+
+def everything() -> list[Program]:
+    """What is compiled by hand: `quick` and what other architectures, dtypes and sizes add to it.
+
+    Options together hold more registers than each of them alone, so that other head dimensions than
+    128 need these only. float16 differs from bfloat16 in no more than how values are converted.
+    """
+    architectures, both = list(ARCHITECTURES), ["forward", "backward"]
+    programs = [
+        *quick(),
+        *selected(architectures, ["bfloat16"], list(HEAD_DIMS), ["delta", "reduce"]),
+        *selected(architectures, ["float32"], ["64", "128", "256"], list(KERNELS)),
+        *selected(architectures, ["tf32"], ["64", "128", "256"], both),
+        *selected(architectures, ["float16"], ["64", "128"], both),
+        *selected([89, 120], ["bfloat16"], ["64", "128", "256"], both),
+        *(x for option in OPTIONS for x in with_options(architectures, ["128"], option)),
+        *with_options(architectures, list(HEAD_DIMS), *COMBINED),
+        *with_options(architectures, ["64", "128"], *COMBINED, "fused"),
+    ]
+    return list({program.label: program for program in programs}.values())
