@@ -113,20 +113,18 @@ def select_config(
     return _hopper(head_dim, processors, capability < 100, descriptors)
 
 
-# Figures: registers, then bytes of spill stores / loads, then shared memory; bfloat16, Triton 3.9
-# unless said. The loops over key columns load an index before K and V, which takes half of the
-# pipeline: only with 5 stages (3 in the loop over rows) do loads run a whole tile ahead.
+# bench/machine_code_budget.json has registers, spills and shared memory of every choice below. The
+# loops over key columns load an index before K and V, which takes half of the pipeline: only with 5
+# stages (3 in the loop over rows) do loads run a whole tile ahead.
 
 
 def _float32(head_dim: int, processors: int, tf32: bool) -> Config:
     if tf32 and head_dim <= 64:
-        # sm_80: 255, 0, 32 KB; 255, 0, 50 KB. sm_90: 150, 0, 48 KB; 198, 0, 64 KB.
         return Config(Tile(64, 32), 4, Tile(32, 64), Tile(64, 32), 4, processors)
     if tf32 and head_dim <= 128:
-        # sm_80: 255, 0, 72 KB; 255, 0, 80 KB. sm_90: 248, 0, 96 KB; 236, 0, 80 KB.
         return Config(Tile(64, 32), 4, Tile(32, 32), Tile(32, 32), 4, processors)
-    # Full float32 products do not use tensor cores: with 4 warps or larger tiles these spill.
-    # D 64: 203, 0, 36 KB. D 128: 202, 0, 33 KB. D 256 spills in every shape: 255, 884/932, 65 KB.
+    # Full float32 products do not use tensor cores: with 4 warps or larger tiles these spill. D 256
+    # spills in every shape.
     tile = Tile(32, 32) if head_dim <= 64 else Tile(16, 16)
     return Config(tile, 8, tile, tile, 8, processors)
 
@@ -134,49 +132,43 @@ def _float32(head_dim: int, processors: int, tf32: bool) -> Config:
 def _small(head_dim: int, processors: int) -> Config:
     """sm_86, sm_89, sm_120: at most 99 KB of shared memory in a block."""
     if head_dim <= 64:
-        # As on sm_80, and it fits: 48 KB, two blocks; 65 KB.
+        # The tiles of sm_80 fit, those of the forward twice.
         return _ampere(head_dim, processors)
     if head_dim <= 128:
-        # One block fits anyhow, so loads run ahead. sm_120: 255, 0, 88 KB; 176, 0, 80 KB.
+        # One block fits anyhow, so loads run ahead.
         return Config(Tile(64, 64, 5), 4, Tile(64, 64), Tile(64, 64), 8, processors)
-    # sm_89: 178, 0, 68 KB; 168, 0, 80 KB. 64x64 needs 104 KB.
+    # 64x64 needs more shared memory than there is.
     return Config(Tile(64, 32), 8, Tile(32, 32), Tile(32, 32), 8, processors)
 
 
 def _ampere(head_dim: int, processors: int) -> Config:
     """sm_80: 163 KB of shared memory in a block."""
     if head_dim <= 64:
-        # 255, 0, 48 KB, two blocks. Backward 255, 0, 65 KB; dQ on 128x64 spills 16/20, and 64x64
-        # with 8 warps computes half of its products twice.
+        # Two blocks of the forward fit. dQ on 128x64 spills, and 64x64 with 8 warps computes half
+        # of its products twice.
         return Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 32, 5), 8, processors)
     if head_dim <= 128:
-        # 255, 0, 56 KB: two blocks hide each other's loads; 5 stages leave room for one, 128x64
-        # spills 24/48. Backward 225, 0, 105 KB.
+        # Two blocks of the forward hide each other's loads; 5 stages leave room for one, and 128x64
+        # spills.
         return Config(Tile(64, 64), 4, Tile(64, 64, 3), Tile(64, 64, 5), 8, processors)
-    # 254, 0, 104 KB. Backward 219, 0, 132 KB.
     return Config(Tile(64, 64), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
 
 
 def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) -> Config:
     """sm_90, and sm_100 with the same tiles: 227 KB of shared memory in a block."""
     if head_dim <= 64:
-        # 246, 0, 64 KB, two blocks; 8 warps leave room for one. Backward 232, 0, 81 KB.
-        # sm_100: 254, 0, 64 KB, two blocks; 232, 0, 97 KB.
-        # Fused 232, 0, 96 KB: a model says 57 % of peak instead of 40. sm_100: 245, 0, 112 KB, 37 %
-        # instead of 27.
+        # Two blocks of the forward fit; 8 warps leave room for one. The fused backward has five
+        # products instead of seven in the same tiles.
         config = Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
         return replace(config, fused=Tile(64, 128)) if descriptors else config
     if head_dim <= 128:
-        # 254, 0, 128 KB; 128x128 spills 44/64, 4 warps 684/876. By TMA on sm_90 128x128 spills
-        # 8/12, outside of its full loop, with 14 % fewer clocks per key there (255, 160 KB).
-        # Backward 255, 56/88, 161 KB (Triton 3.6: 88/156); 64x64 keys spill 120/168 and compute
-        # half of S and dP twice. TMA there spills less on 3.6 and more on 3.9.
-        # sm_100: 250, 0, 129 KB; 246, 0, 193 KB (3.6: 60/112).
-        # Fused 240, 0, 120 KB, 55 % of peak in the model instead of 49 (3.6: 255, 20/36, 58 %);
-        # 64x128 says 68 % but spills 160/232, in its full loop too. On sm_100 it needs more tensor
-        # memory than there is.
-        # A softcap with a window, with every other option: 64x128 keys spill 308/380, in the full
-        # loop too, 32x128 keys nothing. On sm_100 the former spill outside of it only.
+        # Forward: 128x128 spills, and with 4 warps 128x64 does. By TMA on sm_90 128x128 spills only
+        # outside of its full loop, which then takes fewer clocks per key.
+        # Backward: 64x64 keys spill more and compute half of S and dP twice. TMA there spills less
+        # on Triton 3.6 and more on 3.9.
+        # Fused: 64x128 keys spill in the full loop, too. On sm_100 tensor memory is too small.
+        # A softcap with a window: 64x128 keys spill in the full loop, too, 32x128 keys nowhere. On
+        # sm_100 the former spill outside of it only.
         config = Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
         if is_hopper:
             config = replace(config, bent_window=Tile(32, 128))
@@ -185,6 +177,6 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
         return replace(
             config, forward=Tile(128, 128), forward_descriptors=True, fused=Tile(32, 128)
         )
-    # 254, 0, 160 KB; 128x64 spills 96/156. Backward 255, 188/188, none of it in dK and dV's full
-    # loop, 160 KB; 64x64 spills 1452/1764. sm_100: 245, 0, 161 KB; 233, 0, 176 KB.
+    # 128x64 spills in the forward. The backward spills, but not in dK and dV's full loop; 64x64
+    # spills far more.
     return Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
