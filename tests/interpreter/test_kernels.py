@@ -67,7 +67,8 @@ def test_triton_pads_small_heads_in_every_dtype(dtype, dims):
 @pytest.mark.parametrize("softcap", [None, 1e-19, 1e19], ids=str)
 @pytest.mark.parametrize("scale", [2.0**23, -(2.0**23)], ids=str)
 def test_triton_takes_the_largest_scale_without_nan(scale, softcap):
-    q, k, v, dout = _inputs(SPLIT, 2, 1, 16, 16, torch.float32)
+    inputs = Inputs.random(SPLIT, (2, 1), (16, 16))
+    q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     options = {"scale": scale, "softcap": softcap}
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = prefix_attention(*leaves, SPLIT, return_lse=True, backend="triton", **options)
