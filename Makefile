@@ -9,7 +9,8 @@ OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
 BIN := $(VENV)/bin
-NUMERIC := tests/test_api.py tests/test_cpu.py tests/test_losses.py tests/test_options.py tests/test_testing.py
+NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
+	tests/test_options.py tests/test_policy_losses.py tests/test_testing.py
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
