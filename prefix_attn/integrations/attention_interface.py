@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import prefix_attention
+from prefix_attn.integrations.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
 
 # transformers looks for "flash", "sdpa" and "flex_attention" inside names: these hold none.
@@ -33,7 +34,15 @@ EAGER_NAME = "prefix_attn_eager"
 
 # Tensors that models hand to attention and that do not change its result.
 HARMLESS = frozenset(
-    {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch"}
+    {
+        "position_ids",
+        "cache_position",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "num_items_in_batch",
+        "labels",
+        "shift_labels",
+    }
 )
 
 # Mask functions of transformers that a layout stands for, by name: chunks are told by local_size.
@@ -73,7 +82,7 @@ class LazyMask:
         self.arguments = arguments
         self.fallback = fallback
         self.layout = layout
-        self._positions_checked = False
+        self._call_checked = False
 
     @cached_property
     def built(self) -> Tensor | None:
@@ -138,17 +147,22 @@ class LazyMask:
             )
         return None
 
-    def check_positions(self, position_ids: Any, layout: PrefixLayout) -> None:
-        """Refuses positions that do not count on along every path, once for all layers.
+    def check_call(self, module: torch.nn.Module, position_ids: Any, layout: PrefixLayout) -> None:
+        """Checks the labels and positions that came with a layout, once for all layers.
+
+        Refused are labels that would be paired with the wrong rows, and positions that do not
+        count on along every path.
 
         Args:
+            module: the attention layer.
             position_ids: as the layer has them: (1, T), or something that can't be checked.
             layout: that the caller passed.
         """
-        if self._positions_checked or not isinstance(position_ids, Tensor):
+        if self._call_checked:
             return
-        self._positions_checked = True
-        if position_ids.shape != (1, layout.num_tokens):
+        self._call_checked = True
+        check_labels(module)
+        if not isinstance(position_ids, Tensor) or position_ids.shape != (1, layout.num_tokens):
             return
         steps = position_ids[0, layout.target_index] - position_ids[0, layout.predictor_index]
         if not bool((steps == 1).all()):
@@ -275,7 +289,7 @@ def _attend_packed(
         if reason is not None:
             raise ValueError(f"{name} can't run under a prefix_layout: {reason}")
         if attention_mask.layout is None and not torch.compiler.is_compiling():
-            attention_mask.check_positions(options.get("position_ids"), layout)
+            attention_mask.check_call(module, options.get("position_ids"), layout)
     elif attention_mask is not None:
         raise ValueError(
             f"{name} got an attention mask of shape {tuple(attention_mask.shape)} together with "
@@ -324,3 +338,4 @@ def eager_attention_of(module: torch.nn.Module) -> Callable[..., tuple[Tensor, T
 for _name, _fallback in ((SDPA_NAME, "sdpa"), (EAGER_NAME, "eager")):
     AttentionInterface.register(_name, partial(_attend, fallback=_fallback))
     AttentionMaskInterface.register(_name, partial(_make_mask, _fallback))
+serve_labels(frozenset({SDPA_NAME, EAGER_NAME}))
