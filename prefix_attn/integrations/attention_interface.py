@@ -188,6 +188,19 @@ def _adds_rules(function: Callable[..., Any]) -> bool:
     return name not in LAYOUT_RULES
 
 
+def splits_rows(mask: LazyMask) -> bool:
+    """Whether transformers found several sequences in the rows for which it asked this mask."""
+    functions = [mask.arguments.get("mask_function")]
+    while functions:
+        function = functions.pop()
+        if inspect.isfunction(function):
+            if function.__qualname__ == "packed_sequence_mask_function.<locals>.inner_mask":
+                return True
+            cells = [cell.cell_contents for cell in function.__closure__ or ()]
+            functions += [part for x in cells for part in (x if isinstance(x, tuple) else (x,))]
+    return False
+
+
 def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
     """Stands in for transformers' mask functions, which are called by keyword."""
     if isinstance(arguments.get("attention_mask"), LazyMask):

@@ -50,16 +50,27 @@ def generates(call: dict[str, Any]) -> bool:
     return bool(caches) or bool(call.get("use_cache"))
 
 
-def mark_unfilled(out: Any, backbone: PreTrainedModel, call: dict[str, Any]) -> Any:
-    """The output of a packed row, with UNFILLED where the ordinary call returns a cache."""
-    if call.get("use_cache") is not None or not getattr(backbone.config, "use_cache", False):
-        return out
-    if (
+def makes_cache(backbone: PreTrainedModel, call: dict[str, Any]) -> bool:
+    """Whether the ordinary call has a cache, given or made by the model itself.
+
+    Models make one unless `use_cache`, or else the config, says no; checkpointing switches it off.
+    """
+    if any(call.get(name) is not None for name in CACHES):
+        return True
+    asked = call.get("use_cache")
+    checkpoints = (
         getattr(backbone, "gradient_checkpointing", False)
         and backbone.training
         and torch.is_grad_enabled()
-    ):
-        return out  # checkpointing switches caches off
+    )
+    wanted = getattr(backbone.config, "use_cache", False) if asked is None else asked
+    return bool(wanted) and not checkpoints
+
+
+def mark_unfilled(out: Any, backbone: PreTrainedModel, call: dict[str, Any]) -> Any:
+    """The output of a packed row, with UNFILLED where the ordinary call returns a cache."""
+    if not makes_cache(backbone, call):
+        return out
     values = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
     unfilled = {name: UNFILLED for name in CACHES if name in values}
     return type(out)(**{**values, **unfilled})  # anew, for the order of its tuple

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from prefix_attn.layout import PrefixLayout
 
 LARGEST_KEY = 2**62
+SINGLE = "a single sequence"
 HASHED_TOKENS = 4096  # at a time, for the memory that their 64-bit products need
 
 
@@ -76,13 +78,28 @@ class HandBack(torch.autograd.Function):
         return total[:-1].to(grad.dtype), None
 
 
+class Split(Enum):
+    """Where a row without an attention mask holds several sequences, by its first kind of position.
+
+    NEVER: it is one sequence.
+    JUMPS: a sequence starts wherever positions do not count on by one, as in transformers' masks.
+    RESTARTS: in a batch of one row a sequence starts at every slot with the smallest position, as
+        in flash attention.
+    """
+
+    NEVER = auto()
+    JUMPS = auto()
+    RESTARTS = auto()
+
+
 def pack_batch(
     content: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
     min_ratio: float,
-    positions_split: bool = True,
+    always: bool = False,
+    split: Split = Split.JUMPS,
     same_range: bool = False,
 ) -> Packing:
     """Packs a batch if enough of it is shared.
@@ -94,13 +111,12 @@ def pack_batch(
         attention_mask: (B, L), non-zero at tokens, or None.
         position_ids: (K, B, L), K kinds of positions, or None for the numbers of the columns.
         min_ratio: least tokens in over tokens run.
-        positions_split: without an attention mask, the first kind of position starts a new
-            sequence wherever it does not count on by one, as in transformers.
+        always: pack whatever the ratio is, and a single sequence too.
+        split: what starts a new sequence within a row, if there is no attention mask.
         same_range: pack only if padding has no larger position than tokens have.
 
     Raises:
         PassThroughError: with the reason why the batch is not packed.
-        ValueError: if a row without an attention mask starts in the middle of a sequence.
     """
     parts = [content.long()]
     parts += [] if attention_mask is None else [(attention_mask != 0).long()]
@@ -119,18 +135,13 @@ def pack_batch(
     ends[:, :-1] &= ~valid[:, 1:]
     if (begins.sum(1) > 1).any():
         raise PassThroughError("attention_mask has holes")
-    if attention_mask is None and position_ids is not None and positions_split:
-        restarts = np.diff(positions[0], axis=1) != 1
-        begins[:, 1:] |= restarts
-        ends[:, :-1] |= restarts
-        if ids.shape[0] == 1 and positions[0, 0, 0] != 0:
-            raise ValueError(
-                f"the row starts at position {positions[0, 0, 0]}: it is a slice of a longer one. "
-                "Slices of sequence-parallel rows are not supported"
-            )
+    if attention_mask is None:
+        cuts = _cuts(positions[0], split)
+        begins[:, 1:] |= cuts
+        ends[:, :-1] |= cuts
     starts, stops = np.flatnonzero(begins), np.flatnonzero(ends) + 1
-    if len(starts) < 2:
-        raise PassThroughError("a single sequence")
+    if len(starts) < (1 if always else 2):
+        raise PassThroughError(SINGLE)
     if (ids[valid] < 0).any():
         raise PassThroughError("negative token ids")
     if same_range and positions.max() > positions[:, valid].max():
@@ -138,10 +149,11 @@ def pack_batch(
 
     keys = joint_keys([ids, *positions]).ravel()
     sequences = [torch.from_numpy(keys[a:b]) for a, b in zip(starts, stops, strict=True)]
-    layout, _ = PrefixLayout.from_sequences(sequences)
+    layout, _ = PrefixLayout.from_sequences(sequences, device="cpu")
     tokens_in = int(valid.sum())
     # Rows that hold several sequences need a T x T mask without a layout: they always have one.
-    if len(starts) == valid.any(1).sum() and tokens_in < min_ratio * layout.num_tokens:
+    several = len(starts) > valid.any(1).sum()
+    if not (always or several) and tokens_in < min_ratio * layout.num_tokens:
         raise PassThroughError(f"tokens in / tokens run below min_ratio {min_ratio:g}")
 
     source_index = np.empty(layout.num_tokens, dtype=np.int64)
@@ -158,6 +170,15 @@ def pack_batch(
         row_index=torch.from_numpy(row_index).to(device).view(content.shape),
         tokens_in=tokens_in,
     )
+
+
+def _cuts(positions: np.ndarray, split: Split) -> np.ndarray:
+    """(B, L) positions -> (B, L - 1), True where a sequence ends and another one starts."""
+    if split is Split.JUMPS:
+        return np.diff(positions, axis=1) != 1
+    if split is Split.RESTARTS and len(positions) == 1:
+        return positions[:, 1:] == positions.min()
+    return np.zeros((len(positions), positions.shape[1] - 1), dtype=bool)
 
 
 def joint_keys(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -184,9 +205,9 @@ def content_of(embeddings: Tensor) -> Tensor:
     `check_content`.
     """
     bits = _bits(embeddings).flatten(0, 1)
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
-    factors = factors.to(bits.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator, device="cpu")
+    factors = (factors * 2 + 1).to(bits.device)
     sums = [(chunk.long() * factors).sum(1) for chunk in bits.split(HASHED_TOKENS)]
     return (torch.cat(sums) & (2**62 - 1)).view(embeddings.shape[:2])
 
@@ -238,5 +259,6 @@ def check_content(embeddings: Tensor, packing: Packing) -> None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    """(B, L, H) -> (B, L, H or 2 H) integers of at most 32 bits: sums of 64 then keep them all."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[x.element_size()]
     return x.detach().contiguous().view(kind)

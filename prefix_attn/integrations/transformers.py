@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,11 +27,15 @@ from prefix_attn.integrations.attention_interface import (
     SDPA_NAME,
     LazyMask,
     packed_row,
+    splits_rows,
 )
-from prefix_attn.integrations.caches import generates, mark_unfilled
+from prefix_attn.integrations.caches import generates, makes_cache, mark_unfilled
+from prefix_attn.integrations.hooks import check_adapters, check_hooks
 from prefix_attn.integrations.packing import (
+    SINGLE,
     Packing,
     PassThroughError,
+    Split,
     check_content,
     content_of,
     gradient_is_wanted,
@@ -42,6 +47,28 @@ from prefix_attn.integrations.self_check import TESTED_MODEL_TYPES, self_check
 MIN_RATIO = 1.2
 WARN_AFTER = 20
 GENERATION = "past_key_values or use_cache=True"
+JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"
+
+# Decoders whose masks never see position_ids: sequences of a row are kept apart where they restart,
+# as under flash attention.
+MASKS_WITHOUT_POSITIONS = frozenset({"afmoe", "gpt_oss"})
+# Decoders that take (B, L) positions for three kinds of places in a picture.
+PICTURE_POSITIONS = frozenset(
+    {
+        "cosmos3_edge_text",
+        "ernie4_5_vl_moe_text",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_image_text",
+        "glm_ocr_text",
+        "hy_v4_vl_text",
+        "paddleocr_vl_text",
+        "qwen2_5_omni_talker",
+        "qwen2_5_omni_text",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+    }
+)
 
 # Keywords of packed rows for flash attention: the layout says the same.
 ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -84,6 +111,7 @@ class _Enabled:
     """What `enable` keeps on the decoder."""
 
     min_ratio: float
+    always: bool
     check_pending: bool
     implementation: str  # before enable
     forward: Callable[..., Any] | None  # set on the instance before enable
@@ -92,7 +120,13 @@ class _Enabled:
     warned: bool = False
 
 
-def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | None = None) -> Model:
+def enable(
+    model: Model,
+    *,
+    min_ratio: float = MIN_RATIO,
+    always: bool = False,
+    self_check: bool | None = None,
+) -> Model:
     """Computes prefixes that the rows of a batch share once, in every later call of the model.
 
     Nothing else changes: batches are ordinary, (B, L) with padding on either side or (1, N) rows
@@ -104,7 +138,9 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
             `torch.compile`.
         min_ratio: a batch is packed if its tokens are at least this many times those of its packed
             row. Rows of several sequences are always packed: otherwise they need a mask of N x N.
-
+        always: pack whatever is shared, a single sequence too, so that every call that can be
+            packed computes its attention with the same kernel. Log-probabilities of one sequence
+            then differ by less between a batch of one and a batch of many.
         self_check: before the first batch, compare packed and ordinary hidden states of a few of
             its tokens; by default for types of models that the tests do not cover.
 
@@ -121,7 +157,7 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
     backbone = _decoder(model)
     state = backbone.__dict__.get("_prefix_attn")
     if state is not None and _runs_ours(backbone):
-        state.min_ratio = min_ratio
+        state.min_ratio, state.always = min_ratio, always
         return model
     disable(model)
     refuse_unsupported(backbone)
@@ -137,6 +173,7 @@ def enable(model: Model, *, min_ratio: float = MIN_RATIO, self_check: bool | Non
     parameters = inspect.signature(type(backbone).forward).parameters
     backbone._prefix_attn = _Enabled(
         min_ratio=min_ratio,
+        always=always,
         check_pending=(
             backbone.config.model_type not in TESTED_MODEL_TYPES
             if self_check is None
@@ -255,7 +292,7 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if state.check_pending:
             _check_once(self, state, original, kwargs)
     try:
-        packing = _find_packing(self, kwargs, state.min_ratio)
+        packing = _find_packing(self, kwargs, state.min_ratio, always=state.always)
     except PassThroughError as reason:
         counts.passed_through[str(reason)] += 1
         _warn_if_idle(self, state)
@@ -270,7 +307,9 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.compiler.disable
-def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float) -> Packing:
+def _find_packing(
+    backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float, *, always: bool = False
+) -> Packing:
     """Packs the batch of a call, or raises PassThroughError with the reason why not."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     mask, position_ids = _plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
@@ -282,6 +321,7 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
         raise PassThroughError("output_attentions")
     if kwargs.get("is_causal") is False:
         raise PassThroughError("is_causal=False")
+    check_hooks(backbone, embeds=embeds is not None)
     for name, value in kwargs.items():
         if name not in HANDLED and _holds_tokens(value):
             raise PassThroughError(f"the keyword {name}")
@@ -294,8 +334,15 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         raise PassThroughError("attention_mask is not of shape (B, L)")
     positions = _as_kinds(position_ids, shape)
-    if shape[0] == 1 and (mask is not None or positions is None):
-        raise PassThroughError("a single sequence")
+    if _ran_flash(backbone) and shape[0] == 1:
+        if mask is not None and bool((mask != 0).all()):
+            mask = None  # as transformers does for flash attention
+        if mask is None:
+            _refuse_slices(positions)
+            positions = _with_places(positions, kwargs)
+    split = Split.NEVER if mask is not None else _split(backbone, kwargs, positions)
+    if shape[0] == 1 and not always:
+        _pass_single_sequence(mask, positions, split)
     if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds):
         raise PassThroughError("the gradient of inputs_embeds itself is wanted")
     packing = pack_batch(
@@ -303,12 +350,74 @@ def _find_packing(backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: 
         mask,
         positions,
         min_ratio=min_ratio,
-        positions_split=positions is not None and len(positions) != 3,
+        always=always,
+        split=split,
         same_range=_rope_reads_range(backbone.config),
     )
     if embeds is not None:
         check_content(embeds, packing)
     return packing
+
+
+def _ran_flash(backbone: PreTrainedModel) -> bool:
+    """Whether the model alone runs flash attention, which tells sequences by rules of its own."""
+    return "flash" in backbone._prefix_attn.implementation
+
+
+def _split(backbone: PreTrainedModel, kwargs: dict[str, Any], positions: Tensor | None) -> Split:
+    """What starts a new sequence in a row without an attention mask, in the model alone."""
+    if positions is None or len(positions) == 3:  # neither tells the place in the text
+        return Split.NEVER
+    model_type, made = backbone.config.model_type, kwargs.get("attention_mask")
+    if len(positions) == 1 and model_type in PICTURE_POSITIONS:
+        return Split.NEVER
+    if _ran_flash(backbone):
+        return Split.RESTARTS
+    if made is not None:  # masks of an outer model, which may not know of the cache
+        masks = made.values() if isinstance(made, dict) else [made]
+        return Split.JUMPS if all(splits_rows(mask) for mask in masks) else Split.NEVER
+    if makes_cache(backbone, kwargs):
+        return Split.NEVER
+    return Split.RESTARTS if model_type in MASKS_WITHOUT_POSITIONS else Split.JUMPS
+
+
+def _with_places(positions: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Puts the places in sequences first, if the call has the bounds of flash attention.
+
+    Args:
+        positions: (K, 1, N), or None for the numbers of the columns.
+        kwargs: of the call.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None or any(kwargs.get(name) is None for name in ROW_KEYWORDS):
+        return positions
+    tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    starts = bounds.to(columns)[torch.searchsorted(bounds.to(columns), columns, right=True) - 1]
+    places = (columns - starts)[None, None]
+    return torch.cat([places, columns[None, None] if positions is None else positions])
+
+
+def _refuse_slices(positions: Tensor | None) -> None:
+    """Libraries that run flash attention over the ranks of a sequence hand slices of it over."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if positions is None or ranks == 1:
+        return
+    first = int(positions[0, 0, 0])
+    if first != 0:
+        raise ValueError(
+            f"the row starts at position {first}: it is a slice of a longer one. "
+            "Slices of sequence-parallel rows are not supported"
+        )
+
+
+def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: Split) -> None:
+    """Raises PassThroughError for a batch of one row that is known to hold one sequence."""
+    if mask is not None or positions is None:
+        raise PassThroughError(SINGLE)
+    if split is Split.NEVER:
+        jumps = len(positions) == 1 and bool((positions[0].diff() != 1).any())
+        raise PassThroughError(JUMPS_IN_CACHE if jumps else SINGLE)
 
 
 @torch.compiler.disable
@@ -322,6 +431,10 @@ def _check_once(
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or not tokens.numel():
         return
+    try:
+        check_adapters(backbone)  # PEFT would hand those of this batch's rows to other rows
+    except PassThroughError:
+        return
 
     def run(batch: dict[str, Any]) -> Tensor:
         hidden: Tensor = original(**batch, use_cache=False, return_dict=True).last_hidden_state
@@ -329,7 +442,7 @@ def _check_once(
 
     def run_packed(batch: dict[str, Any]) -> Tensor | None:
         try:
-            packing = _find_packing(backbone, batch, min_ratio=1.0)
+            packing = _find_packing(backbone, {**batch, "use_cache": False}, min_ratio=1.0)
         except PassThroughError:
             return None
         hidden: Tensor = _run_packed(original, packing, batch).last_hidden_state
