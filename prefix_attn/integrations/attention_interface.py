@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,13 +55,24 @@ LAYOUT_RULES = frozenset(
 )
 
 
-class PackedRow(threading.local):
-    """The layout of the packed row that this thread's model runs, while it makes its masks."""
+class PackedMask:
+    """Stands in the place of attention_mask in the call of a packed row.
 
-    layout: PrefixLayout | None = None
+    It takes the layout into the masks that the model makes from it, and so to the attention of
+    models that drop unknown keywords; and to no other model that runs meanwhile.
+    """
 
+    ndim = 4  # a 2-D mask would be cast
 
-packed_row = PackedRow()
+    def __init__(self, layout: PrefixLayout) -> None:
+        self.layout = layout
+        self.shape = (1, 1, layout.num_tokens, layout.num_tokens)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"the model reads {name!r} of its attention mask, which a packed row does not have: "
+            "call prefix_attn.disable(model)"
+        )
 
 
 class LazyMask:
@@ -203,16 +213,18 @@ def splits_rows(mask: LazyMask) -> bool:
 
 def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
     """Stands in for transformers' mask functions, which are called by keyword."""
-    if isinstance(arguments.get("attention_mask"), LazyMask):
-        return arguments["attention_mask"]
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, LazyMask):
+        return mask
+    if isinstance(mask, PackedMask):
+        return LazyMask({**arguments, "attention_mask": None}, fallback, mask.layout)
     length = (
         arguments["q_length"]
         if "q_length" in arguments
         else arguments["cache_position"].shape[0]  # transformers before 5
     )
     if length == arguments["kv_length"] and length > 1:
-        compiling = torch.compiler.is_compiling()
-        return LazyMask(arguments, fallback, None if compiling else packed_row.layout)
+        return LazyMask(arguments, fallback, None)
     return ALL_MASK_ATTENTION_FUNCTIONS[fallback](**arguments)
 
 
@@ -221,7 +233,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: LazyMask | Tensor | None,
+    attention_mask: LazyMask | PackedMask | Tensor | None,
     *,
     fallback: str,
     prefix_layout: PrefixLayout | None = None,
@@ -242,12 +254,13 @@ def _attend(
     Returns:
         `(out, weights)`: out (B, T, Hq, DV); the weights only if eager attention gives them.
     """
-    if isinstance(attention_mask, LazyMask) and prefix_layout is None:
+    if isinstance(attention_mask, (LazyMask, PackedMask)) and prefix_layout is None:
         prefix_layout = attention_mask.layout  # for models that drop unknown keyword arguments
     if prefix_layout is not None:
         return _attend_packed(module, query, key, value, attention_mask, prefix_layout, options)
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.built
+    assert not isinstance(attention_mask, PackedMask)  # it has a layout
     if fallback == "eager":
         attend = eager_attention_of(module)
     else:
@@ -266,7 +279,7 @@ def _attend_packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: LazyMask | Tensor | None,
+    attention_mask: LazyMask | PackedMask | Tensor | None,
     layout: PrefixLayout,
     options: dict[str, Any],
 ) -> tuple[Tensor, None]:
@@ -303,7 +316,7 @@ def _attend_packed(
             raise ValueError(f"{name} can't run under a prefix_layout: {reason}")
         if attention_mask.layout is None and not torch.compiler.is_compiling():
             attention_mask.check_call(module, options.get("position_ids"), layout)
-    elif attention_mask is not None:
+    elif attention_mask is not None and not isinstance(attention_mask, PackedMask):
         raise ValueError(
             f"{name} got an attention mask of shape {tuple(attention_mask.shape)} together with "
             "a prefix_layout: pass attention_mask=None"

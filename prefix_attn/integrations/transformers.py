@@ -26,7 +26,7 @@ from prefix_attn.integrations.attention_interface import (
     EAGER_NAME,
     SDPA_NAME,
     LazyMask,
-    packed_row,
+    PackedMask,
     splits_rows,
 )
 from prefix_attn.integrations.caches import generates, makes_cache, mark_unfilled
@@ -515,13 +515,12 @@ def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str
     else:
         call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *slots))
     call.update(
-        attention_mask=None, use_cache=False, return_dict=True, prefix_layout=packing.layout
+        attention_mask=PackedMask(packing.layout),
+        use_cache=False,
+        return_dict=True,
+        prefix_layout=packing.layout,
     )
-    packed_row.layout = packing.layout
-    try:
-        out = original(**call)
-    finally:
-        packed_row.layout = None
+    out = original(**call)
     handed: dict[int, Tensor] = {}
     for name, value in list(out.items()):
         out[name] = _hand_back(name, value, packing, handed)
