@@ -45,10 +45,14 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     sums = np.zeros(4, dtype=np.int64)
     drawing: list[str] = []
     for i, part in enumerate(batches):
-        tree = _Tree.from_sequences(part)
-        sums += [tree.layout.repeated_tokens, tree.layout.num_tokens, *tree.pairs()]
+        layout, ids = PrefixLayout.from_sequences([torch.from_numpy(x.astype(int)) for x in part])
+        tree = _tree_of(layout)
+        sums += [
+            *(layout.repeated_tokens, layout.num_tokens),
+            *(tree.num_repeated_pairs, tree.num_pairs),
+        ]
         if not i:
-            drawing = _Drawing(tree, rollouts.unit, tokenizer, options.depth).below()
+            drawing = _Drawing(tree, ids, rollouts.unit, tokenizer, options.depth).below()
     repeated, tokens, repeated_pairs, pairs = sums.tolist()
     if not tokens:
         raise UsageError(f"{options.file}: all {len(sequences)} sequences are empty")
@@ -172,38 +176,44 @@ def _check_size(batches: list[list[np.ndarray]]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Tree:
-    """The prefix tree of a batch, with what each segment holds and how many share it."""
+    """What is counted of a layout; arrays are of its segments.
 
-    layout: PrefixLayout
-    ids: np.ndarray
+    Attributes:
+        lengths: tokens.
+        parents: the segment that each one continues, -1 for roots.
+        starts: first row.
+        sharers: sequences that run through it.
+        num_pairs: allowed (query, key) pairs.
+        num_repeated_pairs: the same with every sequence run whole.
+    """
+
     lengths: np.ndarray
     parents: np.ndarray
+    starts: np.ndarray
     sharers: np.ndarray
+    num_pairs: int
+    num_repeated_pairs: int
 
-    @classmethod
-    def from_sequences(cls, sequences: list[np.ndarray]) -> _Tree:
-        tensors = [torch.from_numpy(np.array(x, dtype=np.int64)) for x in sequences]
-        layout, ids = PrefixLayout.from_sequences(tensors)
-        lengths, parents, _ = layout.segments.numpy().astype(np.int64)
-        sharers = np.bincount(layout.sequence_leaves.numpy(), minlength=len(lengths))
-        for i in reversed(range(len(parents))):
-            if parents[i] >= 0:
-                sharers[parents[i]] += sharers[i]
-        return cls(layout, ids.numpy(), lengths, parents, sharers)
 
-    def pairs(self) -> tuple[int, int]:
-        """Allowed (query, key) pairs with every sequence run whole, and with sharing."""
-        before = depths_of(self.parents, self.lengths)
-        each = self.lengths * before + self.lengths * (self.lengths + 1) // 2
-        return int((each * self.sharers).sum()), int(each.sum())
+def _tree_of(layout: PrefixLayout) -> _Tree:
+    lengths, parents, _ = layout.segments.numpy().astype(np.int64)
+    sharers = np.bincount(layout.sequence_leaves.numpy(), minlength=len(lengths))
+    for i in reversed(range(len(parents))):
+        if parents[i] >= 0:
+            sharers[parents[i]] += sharers[i]
+    pairs = lengths * depths_of(parents, lengths) + lengths * (lengths + 1) // 2
+    starts = np.cumsum(lengths) - lengths
+    return _Tree(lengths, parents, starts, sharers, int(pairs.sum()), int((pairs * sharers).sum()))
 
 
 class _Drawing:
     """Draws a tree: segments that several sequences share, those that save most first."""
 
-    def __init__(self, tree: _Tree, unit: str, tokenizer: Any, depth: int) -> None:
-        self.tree, self.unit, self.tokenizer, self.depth = tree, unit, tokenizer, depth
-        self.starts = np.cumsum(tree.lengths) - tree.lengths
+    def __init__(
+        self, tree: _Tree, ids: torch.Tensor, unit: str, tokenizer: Any, depth: int
+    ) -> None:
+        self.tree, self.ids, self.unit, self.tokenizer = tree, ids, unit, tokenizer
+        self.depth = depth
         self.saved = tree.lengths * (tree.sharers - 1)
         self.children: list[list[int]] = [[] for _ in range(len(tree.parents) + 1)]
         for i, parent in enumerate(tree.parents.tolist()):
@@ -230,7 +240,7 @@ class _Drawing:
         forks = sorted((i for i in children[node] if children[i]), key=lambda i: -self.saved[i])
         if level == self.depth and forks:
             return [(f"{self._segments_below(node):,} segments below", -1)]
-        least = LEAST_SHARE * tree.layout.repeated_tokens
+        least = LEAST_SHARE * int((tree.lengths * tree.sharers).sum())
         drawn = [
             fork
             for place, fork in enumerate(forks[:CHILDREN_SHOWN])
@@ -266,8 +276,8 @@ class _Drawing:
         return f"{count} {verb}, {span} of {whose} own"
 
     def _preview(self, node: int) -> str:
-        start = self.starts[node]
-        ids = self.tree.ids[start : start + min(PREVIEW_UNITS, self.tree.lengths[node])].tolist()
+        start, length = self.tree.starts[node], self.tree.lengths[node]
+        ids = self.ids[start : start + min(PREVIEW_UNITS, length)].tolist()
         if self.unit == "bytes":
             return f'"{terminal.visible(bytes(ids).decode(errors="ignore"))}"'
         if self.tokenizer is not None:
