@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     sums = np.zeros(4, dtype=np.int64)
     drawing: list[str] = []
     for i, part in enumerate(batches):
-        layout, ids = PrefixLayout.from_sequences([torch.from_numpy(x.astype(int)) for x in part])
+        layout, ids = PrefixLayout.from_sequences(
+            [torch.from_numpy(x.astype(np.int64)) for x in part]
+        )
         tree = _tree_of(layout)
         sums += [
             *(layout.repeated_tokens, layout.num_tokens),
