@@ -27,7 +27,16 @@ from tqdm import tqdm
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import prefix_attn
-from prefix_attn.losses import group_advantages, grpo_loss, gspo_loss, token_log_probs
+from prefix_attn.losses import (
+    cispo_loss,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    kalman_advantages,
+    prune_completions,
+    rebel_loss,
+    token_log_probs,
+)
 
 LETTERS = string.ascii_lowercase
 VOCABULARY = LETTERS + " .,:"
@@ -63,6 +72,35 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     completions: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a step trains on, one row per completion, groups next to one another.
+
+    Attributes:
+        prompts: (B, P).
+        completions: (B, L).
+        rewards: (B,).
+        advantages: (B,).
+        group_sizes: completions of each group that has any.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    group_sizes: list[int]
+
+    def without(self, rate: float) -> Batch:
+        """What CPPO leaves: completions with a small advantage teach little. Ragged groups."""
+        kept = prune_completions(self.advantages, rate)
+        group = torch.arange(len(self.group_sizes)).repeat_interleave(
+            torch.tensor(self.group_sizes)
+        )
+        sizes = group[kept].bincount()
+        parts = (self.prompts, self.completions, self.rewards, self.advantages)
+        return Batch(*(x[kept] for x in parts), sizes[sizes > 0].tolist())
 
 
 def encode(text: str) -> list[int]:
@@ -131,35 +169,48 @@ def log_probs_of(
     return token_log_probs(rows, model.lm_head.weight, completions, return_entropy=True)
 
 
+def loss_of(
+    log_probs: Tensor, old: Tensor | None, batch: Batch, args: argparse.Namespace
+) -> Tensor:
+    """The loss that `--loss` names."""
+    mask = torch.ones_like(batch.completions)
+    dtype = log_probs.dtype
+    if args.loss == "rebel":  # compares rewards itself, and needs the groups
+        rewards = batch.rewards.to(dtype)
+        return rebel_loss(log_probs, old, rewards, mask, batch.group_sizes, eta=args.eta)
+    advantages = batch.advantages.to(dtype)
+    if args.loss == "cispo":
+        return cispo_loss(log_probs, old, advantages, mask, clip_high=4.0)
+    loss_function = grpo_loss if args.loss == "grpo" else gspo_loss
+    return loss_function(log_probs, old, advantages, mask)
+
+
 def take_step(run: Run, prompts: Tensor, args: argparse.Namespace) -> None:
     """Samples a group per prompt and takes `args.updates` optimiser steps on it."""
     completions = sample(run, prompts, args.group, args.length)
     prompts = prompts.repeat_interleave(args.group, dim=0)
     rewards = reward_of(prompts, completions)
-    advantages = group_advantages(rewards, args.group)
+    advantages_of = kalman_advantages if args.advantages == "kalman" else group_advantages
+    advantages = advantages_of(rewards, args.group)
+    batch = Batch(prompts, completions, rewards, advantages, [args.group] * args.prompts)
     run.rewards.append(float(rewards.mean()))
     run.completions.append(completions)
 
     start = time.perf_counter()
     if args.prune:
-        # CPPO: completions with a small advantage teach little. Groups become ragged.
-        kept = advantages.abs().topk(len(advantages) // 2).indices.sort().values
-        prompts, completions, advantages = prompts[kept], completions[kept], advantages[kept]
-    loss_function: Any = grpo_loss if args.loss == "grpo" else gspo_loss
-    mask = torch.ones_like(completions)
+        batch = batch.without(args.prune)
     old = None
     run.model.train()
     for _ in range(args.updates):
-        log_probs, entropy = log_probs_of(run.model, prompts, completions)
-        loss = loss_function(log_probs, old, advantages.to(log_probs.dtype), mask)
-        loss = loss - args.entropy * entropy.mean()
+        log_probs, entropy = log_probs_of(run.model, batch.prompts, batch.completions)
+        loss = loss_of(log_probs, old, batch, args) - args.entropy * entropy.mean()
         old = log_probs.detach() if old is None else old
         run.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
         run.losses.append(float(loss.detach()))
-        run.tokens += prompts.numel() + completions.numel()
+        run.tokens += batch.prompts.numel() + batch.completions.numel()
     run.seconds.append(time.perf_counter() - start)
 
 
@@ -261,8 +312,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--loss", choices=["grpo", "gspo"], default="grpo")
-    parser.add_argument("--prune", action="store_true", help="keep the best-teaching half (CPPO)")
+    parser.add_argument("--loss", choices=["grpo", "gspo", "cispo", "rebel"], default="grpo")
+    parser.add_argument("--eta", type=float, default=1.0, help="nats per reward of --loss rebel")
+    parser.add_argument(
+        "--advantages", choices=["group", "kalman"], default="group", help="GRPO's or KRPO's"
+    )
+    parser.add_argument(
+        "--prune",
+        type=float,
+        nargs="?",
+        const=0.5,
+        default=0.0,
+        metavar="RATE",
+        help="drop this share of the completions, those that teach least (CPPO); half by default",
+    )
     parser.add_argument("--prompts", type=int, default=4, help="prompts per step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--length", type=int, default=16, help="tokens of a completion")
@@ -283,6 +346,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--prompts must be at most {len(LETTERS)}, got {args.prompts}")
     if not args.entropy >= 0:
         parser.error(f"--entropy must be at least 0, got {args.entropy}")
+    if not 0 <= args.prune < 1:
+        parser.error(f"--prune must be at least 0 and below 1, got {args.prune}")
+    if not args.eta > 0:
+        parser.error(f"--eta must be positive, got {args.eta}")
     if not args.lr > 0:
         parser.error(f"--lr must be positive, got {args.lr}")
     if importlib.util.find_spec("matplotlib") is None:

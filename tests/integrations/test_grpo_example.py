@@ -37,7 +37,15 @@ def run(grpo, tmp_path, *options):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--loss", "gspo"], ["--prune"]], ids=["grpo", "gspo", "pruned"]
+    "options",
+    [
+        [],
+        ["--loss", "gspo"],
+        ["--loss", "cispo"],
+        ["--loss", "rebel", "--prune"],
+        ["--advantages", "kalman", "--prune", "0.4"],
+    ],
+    ids=" ".join,
 )
 def test_both_runs_are_the_same_training(grpo, tmp_path, capsys, options):
     """In float32, next to the same two runs in float64."""
@@ -80,12 +88,24 @@ def test_reward_is_the_share_of_following_letters(grpo):
     assert grpo.reward_of(prompts, completions).tolist() == [1.0, 0.5, 0.0]
 
 
+def test_pruning_leaves_ragged_groups(grpo):
+    advantages = torch.tensor([0.1, -2.0, 0.0, 0.2, 0.3, 0.1, 1.0, 1.5, -3.0])
+    rows = torch.arange(9)
+    batch = grpo.Batch(rows[:, None], rows[:, None], rows.float(), advantages, [3, 3, 3])
+    left = batch.without(0.5)
+    assert left.rewards.tolist() == [1.0, 4.0, 6.0, 7.0, 8.0]
+    assert left.group_sizes == [1, 1, 3]
+    assert batch.without(0.6).group_sizes == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--group", "1"], "--group must be at least 2, got 1"),
         (["--prompts", "27"], "--prompts must be at most 26, got 27"),
         (["--lr", "0"], "--lr must be positive, got 0.0"),
+        (["--prune", "1"], "--prune must be at least 0 and below 1, got 1.0"),
+        (["--eta", "0"], "--eta must be positive, got 0.0"),
         (["--output", "a.txt"], "--output must end in .png, .svg or .pdf, got a.txt"),
     ],
 )
