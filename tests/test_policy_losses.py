@@ -516,3 +516,5 @@ def test_dpo_loss_matches_definition():
         dpo_loss(*x, label_smoothing=0.7)
     with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
         dpo_loss(*x, beta=0)
+    with pytest.raises(TypeError, match="rejected_log_probs must be a tensor, got list"):
+        dpo_loss(x[0], [0.0] * 3, x[2], x[3])

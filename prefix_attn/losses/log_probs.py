@@ -83,8 +83,9 @@ def token_log_probs(
             under autocast.
         targets: (...) integers, 0 to V - 1. Leave out rows without a target.
         bias: (V,), -inf for tokens that can't occur.
-        temperature: what the logits are divided by, after the cap.
-        softcap: raw logits z become `softcap * tanh(z / softcap)`.
+        temperature: what the logits are divided by, after the cap; 1e-19 to 9e18, in float64
+            1e-154 to 7e153, so that quotients stay finite.
+        softcap: raw logits z become `softcap * tanh(z / softcap)`; bounded like `temperature`.
         return_entropy: also return the entropy of each row's distribution, differentiable.
         chunk_size: columns of the vocabulary at a time; by default as many as make 2^20 logits on
             the CPU and 2^24 elsewhere, but at least 128.
