@@ -1,9 +1,11 @@
-"""Where the segments of a prefix forest lie on the packed axis, and who attends to whom.
+"""The device view of a prefix forest: where tokens lie on the packed axis, who attends to whom.
 
 Segments are packed end to end in depth-first order, so the subtree of a segment is one contiguous
 range of rows, and one integer per key is the whole attention rule:
 
     row r attends key c   iff   c <= r < subtree_end[c]
+
+What follows from lengths and parents is computed on the host, in `prefix_attn.forest`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from prefix_attn.forest import Forest
+from prefix_attn.radix import find_prefixes
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -94,9 +98,7 @@ class PrefixLayout:
             (12, 2, 3)
         """
         prefixes = _int_array("prefix_lens", prefix_lens)
-        if isinstance(suffix_lens, (str, bytes)) or not isinstance(
-            suffix_lens, (Sequence, np.ndarray)
-        ):
+        if not _is_list(suffix_lens):
             raise ValueError(
                 "suffix_lens must be a sequence of sequences of lengths, one per group, got "
                 f"{type(suffix_lens).__name__}"
@@ -114,7 +116,7 @@ class PrefixLayout:
         lengths = np.empty(int(sizes.sum()), dtype=np.int64)
         lengths[parents >= 0] = np.concatenate([*members, np.empty(0, dtype=np.int64)])
         lengths[roots] = prefixes
-        return cls._from_arrays(lengths, parents, device)
+        return cls._from_forest(Forest.from_tree(lengths, parents), device)
 
     @classmethod
     def from_tree(
@@ -141,13 +143,7 @@ class PrefixLayout:
         """
         length_array = _int_array("lengths", lengths)
         parent_array = _int_array("parents", parents, least=-1)
-        if len(length_array) != len(parent_array):
-            raise ValueError(
-                "lengths and parents must have one entry per segment, got "
-                f"{len(length_array)} lengths and {len(parent_array)} parents"
-            )
-        _check_depth_first(parent_array)
-        return cls._from_arrays(length_array, parent_array, device)
+        return cls._from_forest(Forest.from_tree(length_array, parent_array), device)
 
     @classmethod
     @outside_inference_mode
@@ -174,9 +170,10 @@ class PrefixLayout:
         if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Iterable):
             raise ValueError(f"sequences must be lists of token ids, got {_shown(sequences)}")
         arrays = [_int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
-        layout = cls._from_radix(arrays, device)
-        packed = np.empty(layout.num_tokens, dtype=np.int64)
-        for rows, ids in zip(layout._path_rows, arrays, strict=True):
+        forest = find_prefixes(arrays)
+        layout = cls._from_forest(forest, device)
+        packed = np.empty(forest.num_tokens, dtype=np.int64)
+        for rows, ids in zip(forest.sequence_rows, arrays, strict=True):
             packed[rows] = ids
         return layout, torch.from_numpy(packed).to(layout.device)
 
@@ -228,65 +225,38 @@ class PrefixLayout:
         ids, mask = torch.stack([input_ids.long(), (attention_mask != 0).long()]).cpu().numpy()
         slots = [np.flatnonzero(row) for row in mask]
         arrays = [_int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(slots)]
-        layout = cls._from_radix(arrays, device)
-        source_index = np.empty(layout.num_tokens, dtype=np.int64)
+        forest = find_prefixes(arrays)
+        layout = cls._from_forest(forest, device)
+        source_index = np.empty(forest.num_tokens, dtype=np.int64)
         row_index = np.full(ids.shape, -1, dtype=np.int64)
         # The first of the sequences that share a row is its source: fill it last.
         for i in reversed(range(len(arrays))):
-            rows = layout._path_rows[i]
+            rows = forest.sequence_rows[i]
             row_index[i, slots[i]] = rows
             source_index[rows] = i * ids.shape[1] + slots[i]
         to = layout.device
         return layout, torch.from_numpy(source_index).to(to), torch.from_numpy(row_index).to(to)
 
     @classmethod
-    def _from_radix(
-        cls, arrays: list[np.ndarray], device: torch.device | str | None
-    ) -> PrefixLayout:
-        lengths, parents, leaves = _radix_tree(arrays)
-        return cls._from_arrays(lengths, parents, device, leaves)
-
-    @classmethod
     @outside_inference_mode
-    def _from_arrays(
-        cls,
-        lengths: np.ndarray,
-        parents: np.ndarray,
-        device: torch.device | str | None,
-        leaves: np.ndarray | None = None,
-    ) -> PrefixLayout:
-        total = sum(lengths.tolist())  # Python's integers do not overflow
+    def _from_forest(cls, forest: Forest, device: torch.device | str | None) -> PrefixLayout:
+        """Every segment has queries, and no rule is set: those are the choice of a call."""
+        total = sum(forest.lengths.tolist())  # Python's integers do not overflow
         if total > INT32_MAX:
             raise ValueError(f"a layout holds at most {INT32_MAX} tokens, got {total}")
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        subtree_ends = subtree_ends_of(parents, ends)
-        depths = depths_of(parents, lengths)
-        within = np.arange(total) - np.repeat(starts, lengths)
-        if leaves is None:
-            leaves = np.setdiff1d(np.arange(len(parents)), parents)
-        tensors = [
-            np.concatenate([[0], ends]).astype(np.int32),
-            parents.astype(np.int32),
-            np.repeat(depths, lengths) + within,
-            np.repeat(subtree_ends, lengths).astype(np.int32),
-        ]
-        device = torch.device("cpu") if device is None else _device(device)
-        cu_seqlens, parents_t, position_ids, subtree_end = (
-            torch.from_numpy(t).to(device) for t in tensors
-        )
+        target = torch.device("cpu") if device is None else _device(device)
+        segments = np.stack([forest.lengths, forest.parents, forest.has_queries])
+        cu_seqlens = np.concatenate([[0], forest.ends])
         return cls(
-            segments=torch.from_numpy(
-                np.stack([lengths, parents, np.ones_like(lengths)]).astype(np.int32)
-            ),
-            cu_seqlens=cu_seqlens,
-            parents=parents_t,
-            position_ids=position_ids,
-            subtree_end=subtree_end,
-            query_rows=torch.arange(total, device=device),
-            sequence_leaves=torch.from_numpy(leaves.astype(np.int32)),
-            num_groups=int((parents < 0).sum()),
-            max_length=int((depths + lengths).max(initial=0)),
+            segments=torch.from_numpy(segments.astype(np.int32)),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(target),
+            parents=torch.from_numpy(forest.parents.astype(np.int32)).to(target),
+            position_ids=torch.from_numpy(forest.positions).to(target),
+            subtree_end=torch.from_numpy(forest.row_subtree_ends.astype(np.int32)).to(target),
+            query_rows=torch.from_numpy(forest.query_rows).to(target),
+            sequence_leaves=torch.from_numpy(forest.leaves.astype(np.int32)),
+            num_groups=forest.num_groups,
+            max_length=forest.max_length,
         )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> PrefixLayout:
@@ -354,8 +324,10 @@ class PrefixLayout:
         table = self.segments.clone()
         table[2] = 0
         table[2, torch.from_numpy(chosen)] = 1
-        is_query = torch.repeat_interleave(table[2], table[0]).nonzero()[:, 0]
-        return replace(self, segments=table, query_rows=is_query.to(self.device))
+        query_rows = Forest.from_segments(table.numpy()).query_rows
+        return replace(
+            self, segments=table, query_rows=torch.from_numpy(query_rows).to(self.device)
+        )
 
     # ---- counts ---------------------------------------------------------------------------------
 
@@ -385,9 +357,14 @@ class PrefixLayout:
         return self.sequence_leaves.shape[0]
 
     @cached_property
+    def forest(self) -> Forest:
+        """The same on the host: what follows from lengths and parents, as NumPy arrays."""
+        return Forest.from_segments(self.segments.numpy(), leaves=self.sequence_leaves.numpy())
+
+    @cached_property
     def repeated_tokens(self) -> int:
         """Tokens that the same sequences have when every one is run whole."""
-        return int(self._sequence_lengths.sum())
+        return self.forest.repeated_tokens
 
     @cached_property
     def flop_ratio(self) -> float:
@@ -395,14 +372,8 @@ class PrefixLayout:
 
         Counts the allowed (query, key) pairs of each sequence run whole, over those of the layout.
         """
-        lengths, parents, has_queries = self.segments.numpy().astype(np.int64)
-        copies = np.bincount(self.sequence_leaves.numpy(), minlength=len(lengths)).tolist()
-        for i, parent in reversed(list(enumerate(parents.tolist()))):
-            if parent >= 0:
-                copies[parent] += copies[i]
-        before = depths_of(parents, lengths)
-        pairs = has_queries * (lengths * before + lengths * (lengths + 1) // 2)
-        return float((pairs * copies).sum() / pairs.sum()) if pairs.any() else 1.0
+        pairs = self.forest.num_pairs
+        return self.forest.num_repeated_pairs / pairs if pairs else 1.0
 
     # ---- moving data ----------------------------------------------------------------------------
 
@@ -411,7 +382,8 @@ class PrefixLayout:
         """Packed rows of sequence i from root to leaf: (L_i,) int64."""
         if not _is_integer(i) or not 0 <= i < self.num_sequences:
             raise ValueError(f"sequence {i!r} does not exist, there are {self.num_sequences}")
-        return torch.from_numpy(self._path_rows[i]).to(self.device)
+        rows = self.forest.path_rows(int(self.sequence_leaves[i]))
+        return torch.from_numpy(rows).to(self.device)
 
     def pack(self, sequences: Sequence[Tensor]) -> Tensor:
         """Packs one tensor per sequence, shared tokens once: the inverse of `unpack`.
@@ -426,17 +398,18 @@ class PrefixLayout:
             ValueError: if the number of sequences or the length of one is wrong, or they differ in
                 device or further dimensions.
         """
-        if not isinstance(sequences, (Sequence, Tensor)) or isinstance(sequences, (str, bytes)):
+        if not _is_list(sequences) and not (isinstance(sequences, Tensor) and sequences.dim()):
             raise ValueError(
                 f"sequences must be a list of tensors, one per sequence, got {_shown(sequences)}"
             )
         if len(sequences) != self.num_sequences:
             raise ValueError(f"expected {self.num_sequences} sequences, got {len(sequences)}")
-        for i, (x, rows) in enumerate(zip(sequences, self._path_rows, strict=True)):
+        lengths = self.forest.sequence_lengths.tolist()
+        for i, (x, length) in enumerate(zip(sequences, lengths, strict=True)):
             if not isinstance(x, Tensor):
                 raise ValueError(f"sequence {i} must be a tensor, got {type(x).__name__}")
-            if x.dim() == 0 or x.shape[0] != len(rows):
-                raise ValueError(f"sequence {i} must have {len(rows)} tokens, got {tuple(x.shape)}")
+            if x.dim() == 0 or x.shape[0] != length:
+                raise ValueError(f"sequence {i} must have {length} tokens, got {tuple(x.shape)}")
             like = sequences[0]
             if x.shape[1:] != like.shape[1:] or x.device != like.device:
                 raise ValueError(
@@ -446,7 +419,7 @@ class PrefixLayout:
                 )
         if not len(sequences):
             raise ValueError("an empty layout has nothing to pack")
-        return torch.cat(list(sequences))[self._first_slots]
+        return torch.cat(list(sequences))[self._first_places]
 
     def unpack(self, x: Tensor) -> list[Tensor]:
         """Splits a packed (T, ...) tensor into one (L_i, ...) tensor per sequence.
@@ -457,7 +430,7 @@ class PrefixLayout:
             raise ValueError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[0] != self.num_tokens:
             raise ValueError(f"x must have shape ({self.num_tokens}, ...), got {tuple(x.shape)}")
-        lengths = [len(rows) for rows in self._path_rows]
+        lengths = self.forest.sequence_lengths.tolist()
         return list(x[self._all_rows].split(lengths)) if lengths else []
 
     @cached_property
@@ -540,74 +513,35 @@ class PrefixLayout:
             lines += [" ".join("#" if keep else "." for keep in row) for row in mask]
         return "\n".join(lines)
 
-    # ---- derived, on the host -------------------------------------------------------------------
-
-    @cached_property
-    def _sequence_lengths(self) -> np.ndarray:
-        lengths, parents, _ = self.segments.numpy().astype(np.int64)
-        return (depths_of(parents, lengths) + lengths)[self.sequence_leaves.numpy()]
-
-    @cached_property
-    def _path_rows(self) -> list[np.ndarray]:
-        lengths, parents, _ = self.segments.numpy().astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        leaves = self.sequence_leaves.tolist()
-        place = {leaf: i for i, leaf in enumerate(leaves)}
-        rows = [np.empty(0, dtype=np.int64)] * len(leaves)
-        # Depth first, the rows above a segment are those that were written last.
-        path, own = np.empty(self.max_length, dtype=np.int64), np.arange(self.num_tokens)
-        depths = depths_of(parents, lengths)
-        bounds = zip(starts.tolist(), lengths.tolist(), depths.tolist(), strict=True)
-        for segment, (start, length, depth) in enumerate(bounds):
-            path[depth : depth + length] = own[start : start + length]
-            if segment in place:
-                rows[place[segment]] = path[: depth + length].copy()
-        return rows
+    # ---- derived, on the device -----------------------------------------------------------------
 
     @cached_property
     @outside_inference_mode
     def _seen_from(self) -> Tensor:
         """(T,) int64, the first row that sees each key where prefixes are bidirectional."""
-        lengths, parents, _ = self.segments.numpy().astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        continued = np.zeros(len(lengths), dtype=bool)
-        continued[parents[parents >= 0]] = True
-        start = np.repeat(starts, lengths)
-        own = np.arange(self.num_tokens)
-        return torch.from_numpy(np.where(np.repeat(continued, lengths), start, own)).to(self.device)
+        forest = replace(self.forest, prefix_causal=False)
+        return torch.from_numpy(forest.row_seen_from).to(self.device)
 
     @cached_property
     @outside_inference_mode
     def _all_rows(self) -> Tensor:
-        return torch.from_numpy(np.concatenate(self._path_rows)).to(self.device)
+        """The rows of all sequences, laid end to end."""
+        return torch.from_numpy(np.concatenate(self.forest.sequence_rows)).to(self.device)
 
     @cached_property
     @outside_inference_mode
-    def _first_slots(self) -> Tensor:
-        """For each packed row its first place in the sequences laid end to end."""
-        _, first = np.unique(np.concatenate(self._path_rows), return_index=True)
+    def _first_places(self) -> Tensor:
+        """(T,) int64, the first place of each packed row among those of all sequences."""
+        _, first = np.unique(np.concatenate(self.forest.sequence_rows), return_index=True)
         return torch.from_numpy(first).to(self.device)
 
     @cached_property
     @outside_inference_mode
     def _label_rows(self) -> tuple[Tensor, Tensor]:
-        lengths, parents, _ = self.segments.numpy().astype(np.int64)
-        ends = np.cumsum(lengths)
-        # The nearest ancestor that is not empty holds the predecessor of a segment's first token.
-        ancestor = parents.copy()
-        while True:
-            hollow = (ancestor >= 0) & (lengths[ancestor] == 0)
-            if not hollow.any():
-                break
-            ancestor[hollow] = parents[ancestor[hollow]]
-        predictor = np.arange(self.num_tokens) - 1
-        filled = lengths > 0
-        predictor[(ends - lengths)[filled]] = np.where(ancestor >= 0, ends[ancestor] - 1, -1)[
-            filled
-        ]
-        target = np.flatnonzero(predictor >= 0)
+        previous = self.forest.previous_rows
+        target = np.flatnonzero(previous >= 0)
         return (
-            torch.from_numpy(predictor[target]).to(self.device),
+            torch.from_numpy(previous[target]).to(self.device),
             torch.from_numpy(target).to(self.device),
         )
 
@@ -622,6 +556,13 @@ def _device(device: Any) -> torch.device:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list, a tuple, a range or an array, and no text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _shown(value: Any) -> str:
@@ -654,116 +595,6 @@ def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
     raise ValueError(f"{name} must hold integers, got {raw.dtype}")
 
 
-def _check_depth_first(parents: np.ndarray) -> None:
-    """Refuses parents that come later (cycles) or whose subtree was already closed."""
-    late = np.flatnonzero(parents >= np.arange(len(parents)))
-    if late.size:
-        i = int(late[0])
-        raise ValueError(f"parents[{i}] must be less than {i} (or -1), got {parents[i]}")
-    path: list[int] = []
-    for i, parent in enumerate(parents.tolist()):
-        while path and path[-1] != parent:
-            path.pop()
-        if parent >= 0 and not path:
-            raise ValueError(
-                f"segments must be in depth-first order: parents[{i}] is {parent}, but the "
-                f"subtree of segment {parent} ended before segment {i}"
-            )
-        path.append(i)
-
-
 def depths_of(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens on the path above each segment."""
-    sizes = lengths.tolist()
-    depths: list[int] = []
-    for parent in parents.tolist():
-        depths.append(depths[parent] + sizes[parent] if parent >= 0 else 0)
-    return np.array(depths, dtype=np.int64)
-
-
-def subtree_ends_of(parents: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """End row of each subtree (S,): a child hands its own to its parent, last segment first."""
-    subtree_ends = ends.tolist()
-    for i, parent in reversed(list(enumerate(parents.tolist()))):
-        if parent >= 0:
-            subtree_ends[parent] = max(subtree_ends[parent], subtree_ends[i])
-    return np.array(subtree_ends, dtype=np.int64)
-
-
-def _radix_tree(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merges equal prefixes: lengths and parents in depth-first order, and a leaf per sequence.
-
-    Sorted sequences hold every shared prefix side by side, so the tree follows from the common
-    prefix lengths of neighbours. Children are put back in the callers' order.
-    """
-    count = len(arrays)
-    if not count:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
-    sizes = [len(a) for a in arrays]
-    # Ids have one width, so their bytes sort equal prefixes next to each other, the shorter first.
-    content = [a.tobytes() for a in arrays]
-    order = sorted(range(count), key=content.__getitem__)
-    common = [0]  # tokens that each shares with the one before it in this order
-    for a, b in pairwise(order):
-        shorter = min(sizes[a], sizes[b])
-        differs = arrays[a][:shorter] != arrays[b][:shorter]
-        common.append(int(differs.argmax()) if differs.any() else shorter)
-
-    # Nodes by the depth at which they end; one opens when a sequence leaves the current path.
-    node_end: list[int] = []
-    node_parent: list[int] = []
-    leaf_of = np.empty(count, dtype=np.int64)
-
-    def new_node(end: int, parent: int) -> int:
-        node_end.append(end)
-        node_parent.append(parent)
-        return len(node_end) - 1
-
-    path: list[int] = []  # nodes from the root to the last sequence's, none of them empty
-    for rank, (sequence, shared) in enumerate(zip(order, common, strict=True)):
-        left = -1
-        while path and node_end[path[-1]] > shared:
-            left = path.pop()
-        fork = path[-1] if path else -1
-        if left >= 0 and shared > (node_end[fork] if path else 0):
-            # The node that was left is cut in two at the fork.
-            fork = new_node(shared, fork)
-            node_parent[left] = fork
-            path.append(fork)
-        elif left < 0 and path:
-            # The sequence before ends at the fork: it gets an empty leaf of its own.
-            before = order[rank - 1]
-            if leaf_of[before] == fork:
-                leaf_of[before] = new_node(shared, fork)
-        leaf_of[sequence] = new_node(sizes[sequence], fork)
-        if sizes[sequence] > shared:
-            path.append(int(leaf_of[sequence]))
-    return _depth_first(node_end, node_parent, leaf_of)
-
-
-def _depth_first(
-    node_end: list[int], node_parent: list[int], leaf_of: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Orders the nodes of a radix tree depth first, siblings by their first sequence."""
-    count = len(node_end)
-    first = np.full(count, len(leaf_of), dtype=np.int64)
-    for sequence, node in enumerate(leaf_of.tolist()):
-        while node >= 0 and first[node] > sequence:
-            first[node] = sequence
-            node = node_parent[node]
-    children: list[list[int]] = [[] for _ in range(count + 1)]
-    for node in np.argsort(-first, kind="stable").tolist():
-        children[node_parent[node]].append(node)  # -1 is the last list, the roots
-    lengths, parents = np.empty(count, np.int64), np.empty(count, np.int64)
-    place = np.full(count + 1, -1, dtype=np.int64)
-    stack = list(children[-1])
-    position = 0
-    while stack:
-        node = stack.pop()
-        parent = node_parent[node]
-        place[node] = position
-        parents[position] = place[parent]
-        lengths[position] = node_end[node] - (node_end[parent] if parent >= 0 else 0)
-        position += 1
-        stack += children[node]
-    return lengths, parents, place[leaf_of]
+    """Tokens on the path above each segment: `Forest.depths`."""
+    return Forest.from_tree(lengths, parents).depths

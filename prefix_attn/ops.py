@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from prefix_attn import cpu, triton_backend
+from prefix_attn.forest import forest_of
 from prefix_attn.kernels.options import Options
-from prefix_attn.schedule import forest_of
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu}
 

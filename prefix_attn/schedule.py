@@ -1,4 +1,4 @@
-"""Which program computes which tile: plain int32 work lists from the segments of a layout.
+"""Which program computes which tile: plain int32 work lists from a forest.
 
 A query tile visits keys, for the forward pass and dQ; a key tile is visited by queries, for dK and
 dV. Both cover every allowed (row, key) pair exactly once. A tile in which every pair is allowed is
@@ -16,13 +16,12 @@ another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from prefix_attn.layout import depths_of, subtree_ends_of
+from prefix_attn.forest import Forest
 
 # In units of one full tile: what a masked tile costs, and what starting and ending an item costs.
 MASKED_COST = 1.3
@@ -34,125 +33,6 @@ QUERY_PRODUCTS = 3
 # A key tile is cut into chunks of at most 1 / CHUNKS_PER_PROCESSOR of a processor's fair share.
 CHUNKS_PER_PROCESSOR = 8
 MIN_CHUNK = 16
-# Layouts whose forests and tables are kept.
-CACHED_LAYOUTS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Forest:
-    """The segments of a layout on the host, (S,) each, in depth-first order, and who attends whom.
-
-    A first child lies right behind its parent, so a path is a few contiguous runs of rows:
-    `run_start` is where the run that a segment belongs to begins, `anchor` the segment above that
-    run, or -1.
-
-    Attributes:
-        starts: first row of each segment.
-        ends: row behind its last.
-        parents: the segment that it continues, or -1.
-        subtree_ends: end of the rows of all its descendants.
-        depths: position of its first token.
-        run_start: see above.
-        anchor: see above.
-        has_queries: whether its rows are queries; they are keys in any case.
-        bidirectional: whether its rows see all of it, not only what lies before them.
-        window_size: positions that a query sees back from its own, its own included; None is all.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
-    parents: np.ndarray
-    subtree_ends: np.ndarray
-    depths: np.ndarray
-    run_start: np.ndarray
-    anchor: np.ndarray
-    has_queries: np.ndarray
-    bidirectional: np.ndarray
-    window_size: int | None
-
-    @classmethod
-    def from_segments(
-        cls, segments: np.ndarray, *, window_size: int | None = None, prefix_causal: bool = True
-    ) -> Forest:
-        """Derives rows and runs from (3, S) lengths, parents and whether rows are queries."""
-        lengths, parents, has_queries = segments.astype(np.int64)
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        run_start, anchor = starts.tolist(), parents.tolist()
-        for i in np.flatnonzero((parents >= 0) & (starts == ends[parents])).tolist():
-            run_start[i], anchor[i] = run_start[parents[i]], anchor[parents[i]]
-        continued = np.zeros(len(lengths), dtype=bool)
-        continued[parents[parents >= 0]] = True
-        return cls(
-            starts=starts,
-            ends=ends,
-            parents=parents,
-            subtree_ends=subtree_ends_of(parents, ends),
-            depths=depths_of(parents, lengths),
-            run_start=np.array(run_start, dtype=np.int64),
-            anchor=np.array(anchor, dtype=np.int64),
-            has_queries=has_queries.astype(bool),
-            bidirectional=continued & (not prefix_causal),
-            window_size=window_size,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """T, rows on the packed axis."""
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    @cached_property
-    def row_subtree_ends(self) -> np.ndarray:
-        """(T,) int64, end of the subtree of each row's segment: the end of the rows that see it."""
-        return np.repeat(self.subtree_ends, self.ends - self.starts)
-
-    @cached_property
-    def row_seen_from(self) -> np.ndarray:
-        """(T,) int64, the first row that sees each key."""
-        rows = np.arange(self.num_tokens)
-        start = np.repeat(self.starts, self.ends - self.starts)
-        return np.where(np.repeat(self.bidirectional, self.ends - self.starts), start, rows)
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """(T,) int64, depth of each row along its path."""
-        return np.arange(self.num_tokens) + np.repeat(
-            self.depths - self.starts, self.ends - self.starts
-        )
-
-    @cached_property
-    def query_rows(self) -> np.ndarray:
-        """(Tq,) int64, the packed row of each query."""
-        return np.flatnonzero(np.repeat(self.has_queries, self.ends - self.starts))
-
-    @cached_property
-    def queries_before(self) -> np.ndarray:
-        """(T + 1,) int64, how many queries lie before each row."""
-        is_query = np.repeat(self.has_queries, self.ends - self.starts)
-        return np.concatenate([[0], np.cumsum(is_query)])
-
-    @property
-    def num_pairs(self) -> int:
-        """(query, key) pairs that attention allows."""
-        rows = self.query_rows
-        behind = self.positions[rows] + 1  # its own included
-        if self.window_size is not None:
-            behind = np.minimum(behind, self.window_size)
-        lengths = self.ends - self.starts
-        ahead = np.repeat(np.where(self.bidirectional, self.ends, 0), lengths)[rows] - 1 - rows
-        return int(behind.sum() + np.maximum(ahead, 0).sum())
-
-    def segment_of(self, rows: np.ndarray) -> np.ndarray:
-        """The segments that hold some packed rows."""
-        filled = np.flatnonzero(self.ends > self.starts)
-        return filled[np.searchsorted(self.starts[filled], rows, side="right") - 1]
-
-
-@lru_cache(CACHED_LAYOUTS)
-def forest_of(content: bytes, window_size: int | None = None, prefix_causal: bool = True) -> Forest:
-    """The forest of a layout's `segments`, given as bytes: derived once, not once per layer."""
-    segments = np.frombuffer(content, dtype=np.int32).reshape(3, -1)
-    return Forest.from_segments(segments, window_size=window_size, prefix_causal=prefix_causal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,9 +333,9 @@ def _key_cuts(forest: Forest, block_n: int) -> tuple[np.ndarray, np.ndarray]:
     Segments that others continue and that fill a tile start a tile of their own: otherwise their
     last keys would drag the neighbour's keys over all rows of the subtree.
     """
-    broad = (forest.subtree_ends > forest.ends) & (forest.ends - forest.starts >= block_n)
-    ends = [[0, forest.num_tokens], forest.starts[broad], forest.ends[broad]]
-    col0 = _arange_between(np.unique(np.concatenate(ends)), block_n)
+    broad = (forest.subtree_ends > forest.ends) & (forest.lengths >= block_n)
+    cuts = [np.array([0, forest.num_tokens]), forest.starts[broad], forest.ends[broad]]
+    col0 = _arange_between(np.unique(np.concatenate(cuts)), block_n)
     return col0, np.append(col0[1:], forest.num_tokens)[: len(col0)]
 
 
@@ -538,8 +418,7 @@ class _PathKeys:
         )  # fmt: skip
         # The key tiles on the current path, and for each position the place of its tile in them.
         # What is written at a depth stays until a later segment at that depth is written.
-        depth = int((forest.depths + forest.ends - forest.starts).max(initial=0))
-        self._tiles, self._place = np.empty((2, depth), dtype=np.int64)
+        self._tiles, self._place = np.empty((2, forest.max_length), dtype=np.int64)
         self._written = 0
 
     def seen_by(self, segment: int, low: int, high: int, end: int) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn import schedule
+from prefix_attn.forest import CACHED_LAYOUTS, forest_of
 
 if TYPE_CHECKING:
     from prefix_attn.kernels.backward import BackwardTables
@@ -191,10 +192,10 @@ def _key(segments: Tensor, options: Options) -> _Key:
     return _Key(segments.numpy().tobytes(), options.window_size, options.prefix_causal)
 
 
-@lru_cache(schedule.CACHED_LAYOUTS)
+@lru_cache(CACHED_LAYOUTS)
 def _rule(key: _Key, device: torch.device) -> Tensor:
     """The attention rule as kernels read it, see `ForwardTables`."""
-    forest = schedule.forest_of(*key)
+    forest = forest_of(*key)
     rows = [forest.row_subtree_ends]
     if not (key.window_size is None and key.prefix_causal and forest.has_queries.all()):
         queries = np.zeros_like(forest.positions)
@@ -203,11 +204,11 @@ def _rule(key: _Key, device: torch.device) -> Tensor:
     return _to(device, np.stack(rows))
 
 
-@lru_cache(schedule.CACHED_LAYOUTS)
+@lru_cache(CACHED_LAYOUTS)
 def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTables:
     from prefix_attn.kernels.forward import ForwardTables
 
-    work = schedule.QueryTiles.from_forest(schedule.forest_of(*key), tile.block_m, tile.block_n)
+    work = schedule.QueryTiles.from_forest(forest_of(*key), tile.block_m, tile.block_n)
     return ForwardTables(
         rule=_rule(key, device),
         items=_to(device, work.items),
@@ -216,13 +217,13 @@ def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTable
     )
 
 
-@lru_cache(schedule.CACHED_LAYOUTS)
+@lru_cache(CACHED_LAYOUTS)
 def _backward_tables(
     key: _Key, config: Config, heads: int, group: int, fused: bool, device: torch.device
 ) -> BackwardTables:
     from prefix_attn.kernels.backward import BackwardTables
 
-    forest = schedule.forest_of(*key)
+    forest = forest_of(*key)
     keys = schedule.balanced_key_tiles(
         forest,
         config.keys.block_m,

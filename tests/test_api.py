@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -407,19 +406,31 @@ def brute_force(
     sinks: Tensor | None = None,
     prefix_causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One query, one head at a time over the rows of its sequence: no mask, no packing."""
-    bounds = layout.cu_seqlens.tolist()
+    """One query, one head at a time over the rows of its sequence: no mask, no packing.
+
+    Everything else is compared with `layout.materialize`, which comes from the forest. So this
+    reads the lengths and parents of segments alone, and finds rows by itself.
+    """
+    lengths, parents, _ = layout.segments.tolist()
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    own_rows = [list(range(a, a + n)) for a, n in zip(starts, lengths, strict=True)]
     own_end = {}  # of a row, in its sequence: where the segment ends, if others continue it
-    for segment, (start, end) in enumerate(pairwise(bounds)):
-        if segment in layout.parents.tolist():
-            own_end |= {row: end - row for row in range(start, end)}
+    for segment, rows in enumerate(own_rows):
+        if segment in parents:
+            own_end |= {row: rows[-1] + 1 - row for row in rows}
+    sequences: list[list[int]] = []
+    for segment in range(len(lengths)):
+        if segment not in parents:
+            sequences.append([])
+            while segment >= 0:
+                sequences[-1][:0] = own_rows[segment]
+                segment = parents[segment]
     tokens, heads, head_dim = q.shape
     group = heads // k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
     out: list[list[Tensor]] = [[] for _ in range(tokens)]
     lse: list[list[Tensor]] = [[] for _ in range(tokens)]
-    for i in range(layout.num_sequences):
-        rows = layout.sequence_rows(i).tolist()
+    for rows in sequences:
         for position, row in enumerate(rows):
             if out[row]:
                 continue  # shared, and equal in every sequence

@@ -1,4 +1,8 @@
-"""PrefixLayout against definitions that walk every path by hand."""
+"""PrefixLayout and its forest against definitions that walk every path by hand.
+
+Schedules and kernels are compared with `layout.materialize`, and all three come from the forest. So
+the definitions here read lengths and parents alone, and call neither.
+"""
 
 import copy
 import dataclasses
@@ -15,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
+from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
 
 TREE = ([4, 2, 1, 3], [-1, 0, 1, 0])  # two sequences, one of them three segments deep
@@ -56,13 +61,26 @@ def rows_of_paths(lengths, parents):
     return paths
 
 
-def mask_of_paths(total, paths):
-    """Row r attends key c iff some sequence holds c at or before r."""
+def mask_of_paths(total, paths, window=None, whole=()):
+    """Row r attends key c iff some sequence holds c at or before r, or both lie in a whole segment.
+
+    A window of W leaves those that are fewer than W places before the row in that sequence, and
+    what lies behind it.
+    """
     mask = torch.zeros(total, total, dtype=torch.bool)
     for rows in paths:
         for i, row in enumerate(rows):
-            mask[row, rows[: i + 1]] = True
+            for j, key in enumerate(rows):
+                ahead = any(row in segment and key in segment for segment in whole)
+                near = window is None or i - j < window
+                mask[row, key] |= near and (j <= i or ahead)
     return mask
+
+
+def rows_of_prefixes(lengths, parents):
+    """The rows of each segment that others continue."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [range(starts[i], starts[i] + lengths[i]) for i in range(len(lengths)) if i in parents]
 
 
 def shared_prefix_length(a, b):
@@ -105,12 +123,68 @@ def test_from_tree_matches_paths(forest):
         assert layout.position_ids[rows].tolist() == list(range(len(rows)))
 
 
-@given(forests())
-def test_materialize_matches_paths(forest):
+@settings(max_examples=300)
+@given(forests(), st.none() | st.integers(1, 15), st.booleans())
+def test_materialize_matches_paths(forest, window, causal):
     layout = PrefixLayout.from_tree(*forest)
-    assert torch.equal(
-        layout.materialize(), mask_of_paths(layout.num_tokens, rows_of_paths(*forest))
-    )
+    whole = () if causal else rows_of_prefixes(*forest)
+    expected = mask_of_paths(layout.num_tokens, rows_of_paths(*forest), window, whole)
+    actual = layout.materialize(window_size=window, prefix_causal=causal)
+    assert torch.equal(actual, expected)
+
+
+@settings(max_examples=300)
+@given(forests(), st.none() | st.integers(1, 15), st.booleans(), st.data())
+def test_forest_counts_the_pairs_of_paths(forest, window, causal, data):
+    lengths, parents = forest
+    has_queries = [data.draw(st.booleans()) for _ in lengths]
+    paths = rows_of_paths(*forest)
+    whole = () if causal else rows_of_prefixes(*forest)
+    queries = np.repeat(np.array(has_queries, dtype=bool), lengths)
+    shared = mask_of_paths(sum(lengths), paths, window, whole)[queries].sum()
+    each = [mask_of_paths(sum(lengths), [rows], window, whole)[queries].sum() for rows in paths]
+    segments = np.array([lengths, parents, has_queries], dtype=np.int32)
+    counted = Forest.from_segments(segments, window_size=window, prefix_causal=causal)
+    assert (counted.num_pairs, counted.num_repeated_pairs) == (int(shared), sum(map(int, each)))
+
+
+def test_forest_counts_more_pairs_than_fit_in_64_bits():
+    segments = np.array([[2**30] + [0] * 99, [-1] + [0] * 99, [1] * 100])
+    forest = Forest.from_segments(segments)
+    assert forest.num_pairs == 2**29 * (2**30 + 1)
+    assert forest.num_repeated_pairs == 99 * forest.num_pairs > 2**63
+
+
+@given(forests())
+def test_forest_knows_its_paths(forest):
+    lengths, parents = forest
+    paths = rows_of_paths(*forest)
+    actual = Forest.from_tree(np.array(lengths, dtype=int), np.array(parents, dtype=int))
+    assert [rows.tolist() for rows in actual.sequence_rows] == paths
+    assert [actual.path_rows(leaf).tolist() for leaf in actual.leaves] == paths
+    assert actual.sequence_lengths.tolist() == [len(rows) for rows in paths]
+    assert actual.num_sequences == len(paths)
+    assert actual.repeated_tokens == sum(map(len, paths))
+    assert actual.max_length == max(map(len, paths), default=0)
+    for segment, (start, length) in enumerate(zip(actual.starts, lengths, strict=True)):
+        if length:
+            through = [start in rows for rows in paths]
+            assert actual.sharers[segment] == sum(through)
+    # The runs of a path, from the leaf up, are its rows.
+    for leaf, rows in zip(actual.leaves.tolist(), paths, strict=True):
+        found, node = [], leaf
+        while node >= 0:
+            found = [*range(actual.run_start[node], actual.ends[node]), *found]
+            node = actual.anchor[node]
+        assert found == rows
+
+
+def test_forest_takes_an_order_of_sequences():
+    forest = PrefixLayout.from_sequences([[1, 2, 3], [4], [1, 2, 5]])[0].forest
+    assert forest.sequence_lengths.tolist() == [3, 1, 3]
+    assert [rows.tolist() for rows in forest.sequence_rows] == [[0, 1, 2], [4], [0, 1, 3]]
+    assert forest.sharers.tolist() == [2, 1, 1, 1]
+    assert (forest.num_pairs, forest.num_repeated_pairs) == (3 + 3 + 3 + 1, 6 + 1 + 6)
 
 
 @given(forests())
@@ -188,6 +262,21 @@ def test_from_tree_handles_a_deep_chain():
     layout = PrefixLayout.from_tree([1] * depth, range(-1, depth - 1))
     assert layout.position_ids.equal(torch.arange(depth))
     assert (layout.subtree_end == depth).all()
+
+
+def test_deep_chains_of_empty_segments_keep_their_predecessors():
+    depth = 20_000  # looked for one segment at a time, the last one that is filled takes minutes
+    layout = PrefixLayout.from_tree([3, *[0] * depth, 2], range(-1, depth + 1))
+    assert layout.target_index.tolist() == [1, 2, 3, 4]
+    assert layout.predictor_index.tolist() == [0, 1, 2, 3]
+
+
+def test_rows_of_one_sequence_need_no_other():
+    depth = 20_000  # all sequences of this comb have 200 million rows
+    parents = np.repeat(np.arange(depth) * 2, 2)
+    layout = PrefixLayout.from_tree([1] * (2 * depth + 1), [-1, *parents])
+    rows = layout.sequence_rows(depth - 1)
+    assert rows.tolist() == [*range(0, 2 * depth, 2), 2 * depth - 1]
 
 
 def test_tensors_have_documented_types():
@@ -508,6 +597,8 @@ def test_str_counts_large_layouts():
         ([3], [[[1], [2, 3]]], r"suffix_lens\[0\] must be a flat list of integers"),
         ([3, 4], [[1]], r"one entry per group, got 2 prefixes and 1 groups"),
         ([3], 4, r"suffix_lens must be a sequence of sequences of lengths.*, got int"),
+        ([3], "12", r"suffix_lens must be a sequence of sequences.*, got str"),
+        ([3], np.array(4), r"suffix_lens must be a sequence of sequences.*, got ndarray"),
         ([3], torch.ones(1, 2), r"suffix_lens must be a sequence of sequences.*, got Tensor"),
         ([2**31 - 1], [[1]], r"a layout holds at most 2147483647 tokens, got 2147483648"),
         (
@@ -623,6 +714,8 @@ def test_pack_refuses_wrong_sequences():
         layout.pack([[1] * 7, torch.zeros(7)])
     with pytest.raises(ValueError, match=r"sequences must be a list of tensors.*, got 5"):
         layout.pack(5)
+    with pytest.raises(ValueError, match=r"sequences must be a list.*, got tensor\(5\)"):
+        layout.pack(torch.tensor(5))
     message = r"got \(7, 2\) on cpu and, in sequence 1, \(7, 3\) on cpu"
     with pytest.raises(ValueError, match=message):
         layout.pack([torch.zeros(7, 2), torch.zeros(7, 3)])

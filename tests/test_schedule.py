@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.schedule import (
-    Forest,
     KeyTiles,
     QueryTiles,
     backward_order,
