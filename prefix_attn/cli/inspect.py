@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,9 @@ from prefix_attn.cli import terminal
 from prefix_attn.cli.costs import verdict
 from prefix_attn.cli.rollouts import read
 from prefix_attn.cli.terminal import UsageError, complain, counted
-from prefix_attn.layout import PrefixLayout, depths_of
+from prefix_attn.forest import Forest
+from prefix_attn.layout import PrefixLayout
 
-# Entries of the table in which a layout sorts its sequences.
-MAX_TABLE = 2**27
 BAD_SHOWN = 5
 MAX_DEPTH = 64
 # Children of one segment that are drawn.
@@ -41,16 +39,15 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     sequences = rollouts.sequences
     batch = min(options.batch or len(sequences), len(sequences))
     batches = [sequences[i : i + batch] for i in range(0, len(sequences), batch)]
-    _check_size(batches)
     sums = np.zeros(4, dtype=np.int64)
     drawing: list[str] = []
     for i, part in enumerate(batches):
         layout, ids = PrefixLayout.from_sequences(
             [torch.from_numpy(x.astype(np.int64)) for x in part]
         )
-        tree = _tree_of(layout)
+        tree = layout.forest
         sums += [
-            *(layout.repeated_tokens, layout.num_tokens),
+            *(tree.repeated_tokens, tree.num_tokens),
             *(tree.num_repeated_pairs, tree.num_pairs),
         ]
         if not i:
@@ -164,55 +161,11 @@ def _tokenizer(name: str) -> Any:
         raise UsageError(f"--tokenizer {name!r} can't be loaded: {reason}") from None
 
 
-def _check_size(batches: list[list[np.ndarray]]) -> None:
-    """Refuses what would fill the memory."""
-    for part in batches:
-        longest = max(len(x) for x in part)
-        if len(part) * (longest + 1) > MAX_TABLE:
-            raise UsageError(
-                f"{len(part)} sequences of up to {longest} need too much memory at once; share "
-                f"prefixes inside batches with --batch {max(1, MAX_TABLE // (longest + 1))} or "
-                "less, or read fewer lines with --limit"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class _Tree:
-    """What is counted of a layout; arrays are of its segments.
-
-    Attributes:
-        lengths: tokens.
-        parents: the segment that each one continues, -1 for roots.
-        starts: first row.
-        sharers: sequences that run through it.
-        num_pairs: allowed (query, key) pairs.
-        num_repeated_pairs: the same with every sequence run whole.
-    """
-
-    lengths: np.ndarray
-    parents: np.ndarray
-    starts: np.ndarray
-    sharers: np.ndarray
-    num_pairs: int
-    num_repeated_pairs: int
-
-
-def _tree_of(layout: PrefixLayout) -> _Tree:
-    lengths, parents, _ = layout.segments.numpy().astype(np.int64)
-    sharers = np.bincount(layout.sequence_leaves.numpy(), minlength=len(lengths))
-    for i in reversed(range(len(parents))):
-        if parents[i] >= 0:
-            sharers[parents[i]] += sharers[i]
-    pairs = lengths * depths_of(parents, lengths) + lengths * (lengths + 1) // 2
-    starts = np.cumsum(lengths) - lengths
-    return _Tree(lengths, parents, starts, sharers, int(pairs.sum()), int((pairs * sharers).sum()))
-
-
 class _Drawing:
     """Draws a tree: segments that several sequences share, those that save most first."""
 
     def __init__(
-        self, tree: _Tree, ids: torch.Tensor, unit: str, tokenizer: Any, depth: int
+        self, tree: Forest, ids: torch.Tensor, unit: str, tokenizer: Any, depth: int
     ) -> None:
         self.tree, self.ids, self.unit, self.tokenizer = tree, ids, unit, tokenizer
         self.depth = depth
@@ -242,7 +195,7 @@ class _Drawing:
         forks = sorted((i for i in children[node] if children[i]), key=lambda i: -self.saved[i])
         if level == self.depth and forks:
             return [(f"{self._segments_below(node):,} segments below", -1)]
-        least = LEAST_SHARE * int((tree.lengths * tree.sharers).sum())
+        least = LEAST_SHARE * tree.repeated_tokens
         drawn = [
             fork
             for place, fork in enumerate(forks[:CHILDREN_SHOWN])
