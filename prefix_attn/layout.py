@@ -193,8 +193,9 @@ class PrefixLayout:
             device: where the tensors live; that of `input_ids` by default.
 
         Returns:
-            `(layout, source_index, row_index)`: source_index (T,) int64 is the flat batch slot
-            of each packed row, row_index (B, L) int64 the packed row of each slot, -1 at padding.
+            `(layout, source_index, row_index)`: source_index (T,) int64 is the place of each packed
+            row in the flattened batch, row_index (B, L) int64 the packed row of each place, -1 at
+            padding.
 
         Example:
             >>> ids = torch.tensor([[7, 8, 9], [0, 7, 8]])
@@ -223,8 +224,8 @@ class PrefixLayout:
             )
         device = input_ids.device if device is None else device
         ids, mask = torch.stack([input_ids.long(), (attention_mask != 0).long()]).cpu().numpy()
-        slots = [np.flatnonzero(row) for row in mask]
-        arrays = [_int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(slots)]
+        places = [np.flatnonzero(row) for row in mask]
+        arrays = [_int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(places)]
         forest = find_prefixes(arrays)
         layout = cls._from_forest(forest, device)
         source_index = np.empty(forest.num_tokens, dtype=np.int64)
@@ -232,8 +233,8 @@ class PrefixLayout:
         # The first of the sequences that share a row is its source: fill it last.
         for i in reversed(range(len(arrays))):
             rows = forest.sequence_rows[i]
-            row_index[i, slots[i]] = rows
-            source_index[rows] = i * ids.shape[1] + slots[i]
+            row_index[i, places[i]] = rows
+            source_index[rows] = i * ids.shape[1] + places[i]
         to = layout.device
         return layout, torch.from_numpy(source_index).to(to), torch.from_numpy(row_index).to(to)
 

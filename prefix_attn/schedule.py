@@ -26,6 +26,9 @@ from prefix_attn.forest import Forest
 # In units of one full tile: what a masked tile costs, and what starting and ending an item costs.
 MASKED_COST = 1.3
 ITEM_COST = 2.0
+# Columns of the items of query tiles, and of key tiles.
+ROW0, ROW1, QUERY0, LIST0, NUM_LISTED, OWN0, NUM_OWN, MASKED0, NUM_MASKED = range(9)
+COL0, COL1, FULL0, NUM_FULL, BEFORE0, NUM_BEFORE, AFTER0, NUM_AFTER, SLOT = range(9)
 # Matrix products per tile of the backward pass: S, dP, dV, dK in a key tile; S, dP, dQ in a query
 # tile.
 KEY_PRODUCTS = 4
@@ -61,17 +64,18 @@ class QueryTiles:
         A gap is made of rows that are no queries.
         """
         rows = forest.query_rows
-        # Each run of neighbouring queries starts tiles of its own.
+        # Tiles start anew behind each gap.
         cuts = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
         query0 = _arange_between(np.append(cuts, len(rows)), block_m)
         query1 = np.append(query0[1:], len(rows))
         row0 = rows[query0]
         row1 = row0 + query1 - query0
         items = np.zeros((len(row0), 9), dtype=np.int64)
-        items[:, 0], items[:, 1], items[:, 2] = row0, row1, query0
+        items[:, ROW0], items[:, ROW1], items[:, QUERY0] = row0, row1, query0
         fill = cls._fill_ranges if forest.window_size is None else cls._fill_window
         columns, masked = fill(forest, items, block_n)
-        costs = ITEM_COST + items[:, 4] + items[:, 6] + MASKED_COST * items[:, 8]
+        full = items[:, NUM_LISTED] + items[:, NUM_OWN]
+        costs = ITEM_COST + full + MASKED_COST * items[:, NUM_MASKED]
         order = np.argsort(-costs, kind="stable")
         return cls(
             items=items[order].astype(np.int32),
@@ -99,9 +103,9 @@ class QueryTiles:
         )  # fmt: skip
         above = _PathTiles(forest, block_n)
         masked: list[tuple[int, int]] = []
-        first = forest.segment_of(items[:, 0]).tolist()
-        last = forest.segment_of(items[:, 1] - 1).tolist()
-        bounds = items[:, :2].tolist()
+        first = forest.segment_of(items[:, ROW0]).tolist()
+        last = forest.segment_of(items[:, ROW1] - 1).tolist()
+        bounds = items[:, [ROW0, ROW1]].tolist()
         for tile, ((low, high), segment, final) in enumerate(zip(bounds, first, last, strict=True)):
             # All segments that are left on the way up end in this tile, and in no other.
             shared = segment
@@ -125,7 +129,7 @@ class QueryTiles:
             pieces = above.masked(top)
             for start, end in reversed(ragged):
                 _append_masked(pieces, start, end, block_n)
-            items[tile, 3:] = list0, num_listed, own0, num_own, len(masked), len(pieces)
+            items[tile, LIST0:] = list0, num_listed, own0, num_own, len(masked), len(pieces)
             masked += pieces
         return np.array(above.columns, dtype=np.int64), np.array(masked, dtype=np.int64)
 
@@ -135,12 +139,13 @@ class QueryTiles:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Completes the items under a window; returns columns and masked."""
         col0, col1 = _key_cuts(forest, block_n)
-        query1 = items[:, 2] + items[:, 1] - items[:, 0]
-        tile, key_tile, full = _window_pairs(forest, items[:, 2], query1, col0, col1)
+        query0 = items[:, QUERY0]
+        query1 = query0 + items[:, ROW1] - items[:, ROW0]
+        tile, key_tile, full = _window_pairs(forest, query0, query1, col0, col1)
         full &= (col1 - col0)[key_tile] == block_n
-        for kind, field in ((full, 3), (~full, 7)):
+        for kind, begin, number in ((full, LIST0, NUM_LISTED), (~full, MASKED0, NUM_MASKED)):
             count = np.bincount(tile[kind], minlength=len(items))
-            items[:, field], items[:, field + 1] = np.cumsum(count) - count, count
+            items[:, begin], items[:, number] = np.cumsum(count) - count, count
         part = key_tile[~full]
         return col0[key_tile[full]], np.stack([col0[part], col1[part]], axis=1)
 
@@ -220,16 +225,16 @@ class KeyTiles:
         items: (n, 9) int32, longest first: col0, col1, full0, num_full, before0, num_before,
             after0, num_after, slot. Keys [col0, col1) are visited in full by num_full tiles of
             queries from query full0 on, and masked by those from before0 and after0 on. Under a
-            window full0 and before0 are places in `rows`, and num_after is 0. slot is -1 where
+            window full0 and before0 are places in `queries`, and num_after is 0. slot is -1 where
             the item alone owns its keys, else the index of its partial sum.
-        rows: (k,) int32, under a window the first queries of the tiles, else empty.
+        queries: (k,) int32, under a window the first queries of the tiles, else empty.
         splits: (s, 4) int32, for each tile that was split: col0, col1, first slot, end slot.
         num_slots: partial sums in all.
         costs: (n,) float64, in full tiles of one query head.
     """
 
     items: np.ndarray
-    rows: np.ndarray
+    queries: np.ndarray
     splits: np.ndarray
     num_slots: int
     costs: np.ndarray
@@ -248,7 +253,7 @@ class KeyTiles:
         """
         col0, col1 = _key_cuts(forest, block_n)
         fill = cls._fill_ranges if forest.window_size is None else cls._fill_window
-        begins, counts, rows = fill(forest, block_m, col0, col1)
+        begins, counts, queries = fill(forest, block_m, col0, col1)
         # Chunk i of a tile owns those of its query tiles that are numbered [low, high).
         total = counts.sum(1)
         chunks = np.ones_like(total) if max_chunk is None else np.maximum(1, -(-total // max_chunk))
@@ -261,24 +266,26 @@ class KeyTiles:
         split = chunks[tile] > 1
         slot = np.where(split, np.cumsum(split) - 1, -1)
         items = np.zeros((len(tile), 9), dtype=np.int64)
-        items[:, 0], items[:, 1], items[:, 8] = col0[tile], col1[tile], slot
+        items[:, COL0], items[:, COL1], items[:, SLOT] = col0[tile], col1[tile], slot
         step = block_m if forest.window_size is None else 1
         # Before, full and after follow each other in this numbering.
         number = np.zeros_like(low)
-        for part, field in enumerate((4, 2, 6)):
+        columns = ((BEFORE0, NUM_BEFORE), (FULL0, NUM_FULL), (AFTER0, NUM_AFTER))
+        for part, (first_column, count_column) in enumerate(columns):
             begin = np.maximum(number, low)
             stop = np.minimum(number + counts[tile, part], high)
-            items[:, field] = begins[tile, part] + (begin - number) * step
-            items[:, field + 1] = np.maximum(0, stop - begin)
+            items[:, first_column] = begins[tile, part] + (begin - number) * step
+            items[:, count_column] = np.maximum(0, stop - begin)
             number = number + counts[tile, part]
         owners = np.flatnonzero(chunks > 1)
         stops = np.cumsum(chunks[owners])
         splits = np.stack([col0[owners], col1[owners], stops - chunks[owners], stops], axis=1)
-        costs = ITEM_COST + items[:, 3] + MASKED_COST * (items[:, 5] + items[:, 7])
+        masked = items[:, NUM_BEFORE] + items[:, NUM_AFTER]
+        costs = ITEM_COST + items[:, NUM_FULL] + MASKED_COST * masked
         order = np.argsort(-costs, kind="stable")
         return cls(
             items=items[order].astype(np.int32),
-            rows=rows.astype(np.int32),
+            queries=queries.astype(np.int32),
             splits=splits.astype(np.int32),
             num_slots=int(split.sum()),
             costs=costs[order],
@@ -438,9 +445,8 @@ class _PathKeys:
         bottom = top = above = int(self._positions[low])
         pieces = [np.arange(self._key_tile[low], self._key_tile[end - 1] + 1)]
         node, by_all = segment, False
-        while (
-            node >= 0 and not by_all
-        ):  # segments that end among these rows, up to one that doesn't
+        # All but the last of these segments end among these rows, and so among no others.
+        while node >= 0 and not by_all:
             by_all = self._subtree_ends[node] >= high
             stop = min(high, self._subtree_ends[node])
             seen_from = max(0 if by_all else self._depths[node], int(least[stop - low - 1]))
@@ -482,7 +488,7 @@ def balanced_key_tiles(
 
     Args:
         forest: the segments.
-        block_m: rows in a row tile.
+        block_m: queries in a query tile.
         block_n: keys in a key tile.
         heads: KV heads.
         group: query heads per KV head.

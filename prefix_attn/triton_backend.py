@@ -242,7 +242,7 @@ def _backward_tables(
         rule=_rule(key, device),
         order=_to(device, order),
         key_items=_to(device, keys.items),
-        rows=_to(device, keys.rows),
+        rows=_to(device, keys.queries),
         splits=_to(device, keys.splits),
         num_slots=keys.num_slots,
         query_items=_to(device, queries.items),

@@ -409,9 +409,9 @@ def test_from_padded_shares_what_is_equal(sequences, side, extra):
     for i, sequence in enumerate(sequences):
         assert row_index[i][mask[i].bool()].tolist() == layout.sequence_rows(i).tolist()
         assert packed[layout.sequence_rows(i)].tolist() == sequence
-    # The source of a row is the first slot that holds it.
-    slots = row_index.flatten().tolist()
-    assert source_index.tolist() == [slots.index(row) for row in range(layout.num_tokens)]
+    # The source of a row is the first place that holds it.
+    places = row_index.flatten().tolist()
+    assert source_index.tolist() == [places.index(row) for row in range(layout.num_tokens)]
 
 
 def test_from_padded_agrees_with_from_sequences_on_a_boolean_mask():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefix_attn import schedule
 from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.schedule import (
@@ -23,6 +24,10 @@ from prefix_attn.schedule import (
     balanced_key_tiles,
 )
 
+# Columns that count visited tiles.
+FULL_VISITS = [schedule.NUM_LISTED, schedule.NUM_OWN]
+QUERY_VISITS = [*FULL_VISITS, schedule.NUM_MASKED]
+KEY_VISITS = [schedule.NUM_FULL, schedule.NUM_BEFORE, schedule.NUM_AFTER]
 BLOCKS = [(4, 4), (8, 4), (4, 8), (6, 5), (16, 8)]
 
 
@@ -92,18 +97,18 @@ def _cover_keys(tiles: KeyTiles, mask: np.ndarray, block_m: int, window: bool) -
     """Counts the visits of every pair by key tiles; asserts that full tiles are full."""
     visits = np.zeros(mask.shape, dtype=int)
 
-    def rows_of(begin: int, count: int) -> list[int]:
+    def queries_of(begin: int, count: int) -> list[int]:
         if window:
-            return tiles.rows[begin : begin + count].tolist()
+            return tiles.queries[begin : begin + count].tolist()
         return [begin + i * block_m for i in range(count)]
 
     for item in tiles.items.tolist():
         col0, col1, full0, num_full, before0, num_before, after0, num_after, _ = item
-        for row in rows_of(full0, num_full):
+        for row in queries_of(full0, num_full):
             assert row + block_m <= mask.shape[0]
             assert mask[row : row + block_m, col0:col1].all()
             visits[row : row + block_m, col0:col1] += 1
-        for row in rows_of(before0, num_before) + rows_of(after0, num_after):
+        for row in queries_of(before0, num_before) + queries_of(after0, num_after):
             visits[row : row + block_m, col0:col1] += mask[row : row + block_m, col0:col1]
     return visits
 
@@ -143,13 +148,15 @@ def test_key_tiles_own_every_key_once_and_every_slot_once(data, forest, rule, bl
     tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
     tiles = KeyTiles.from_forest(tree, *blocks, max_chunk=chunk)
     owned = np.zeros(mask.shape[1], dtype=int)
-    for item in tiles.items[tiles.items[:, 8] < 0].tolist():
+    for item in tiles.items[tiles.items[:, schedule.SLOT] < 0].tolist():
         owned[item[0] : item[1]] += 1
-    slots = np.sort(tiles.items[tiles.items[:, 8] >= 0, 8])
+    slots = np.sort(tiles.items[tiles.items[:, schedule.SLOT] >= 0, schedule.SLOT])
     np.testing.assert_array_equal(slots, np.arange(tiles.num_slots))
     for col0, col1, begin, stop in tiles.splits.tolist():
         owned[col0:col1] += 1
-        part = tiles.items[(tiles.items[:, 8] >= begin) & (tiles.items[:, 8] < stop)]
+        part = tiles.items[
+            (tiles.items[:, schedule.SLOT] >= begin) & (tiles.items[:, schedule.SLOT] < stop)
+        ]
         assert (part[:, :2] == (col0, col1)).all()
         assert len(part) == stop - begin > 1
     assert (owned == 1).all()
@@ -200,7 +207,7 @@ def test_short_segments_of_a_deep_tree_share_masked_tiles():
     tiles = QueryTiles.from_forest(tree, 128, 64)
     np.testing.assert_array_equal(_cover_queries(tiles, mask, 64), mask)
     # Half of the keys before a tile belong to leaves that its rows do not see.
-    visited = 128 * 64 * tiles.items[:, [4, 6, 8]].sum()
+    visited = 128 * 64 * tiles.items[:, QUERY_VISITS].sum()
     assert visited <= 3 * mask.sum()
 
 
@@ -265,7 +272,7 @@ def test_building_takes_no_more_than_its_segments_and_tiles(shape, window):
                 [QueryTiles.from_forest(forest, 16, 16), KeyTiles.from_forest(forest, 16, 16)]
             )
         )
-        visits = tiles[0].items[:, [4, 6, 8]].sum() + tiles[1].items[:, [3, 5, 7]].sum()
+        visits = tiles[0].items[:, QUERY_VISITS].sum() + tiles[1].items[:, KEY_VISITS].sum()
         efforts.append(effort)
         sizes.append(len(lengths) + visits)
         lines, peak = effort
@@ -283,7 +290,7 @@ def test_full_tiles_of_one_path_are_listed_once():
     tiles = QueryTiles.from_forest(tree, 16, 16)
     np.testing.assert_array_equal(_cover_queries(tiles, mask, 16), mask)
     assert len(tiles.columns) <= mask.shape[1] // 16
-    assert tiles.items[:, 4].sum() > 100 * 100
+    assert tiles.items[:, schedule.NUM_LISTED].sum() > 100 * 100
 
 
 def test_tables_of_an_empty_forest_are_empty():
@@ -300,7 +307,9 @@ def test_a_window_costs_what_it_sees():
     for window in (None, 2048, 1024, 512, 128):
         tree = Forest.from_segments(layout.segments.numpy(), window_size=window)
         queries, keys = QueryTiles.from_forest(tree, 128, 64), KeyTiles.from_forest(tree, 64, 128)
-        counts.append((queries.items[:, [4, 6, 8]].sum(), keys.items[:, [3, 5, 7]].sum(), window))
+        counts.append(
+            (queries.items[:, QUERY_VISITS].sum(), keys.items[:, KEY_VISITS].sum(), window)
+        )
     rows = layout.num_tokens
     for by_query, by_key, window in counts[1:]:
         # Every row sees at most `window` keys; a tile's edges add at most one tile on each side.
@@ -316,7 +325,7 @@ def test_a_window_longer_than_every_path_changes_no_visit():
         Forest.from_segments(layout.segments.numpy(), window_size=w) for w in (None, 10**9)
     )
     a, b = (QueryTiles.from_forest(x, 16, 8) for x in (plain, wide))
-    assert a.items[:, [4, 6]].sum() == b.items[:, [4, 6]].sum()
+    assert a.items[:, FULL_VISITS].sum() == b.items[:, FULL_VISITS].sum()
 
 
 def test_queries_for_suffixes_cost_nothing_for_the_prefix():
@@ -326,6 +335,6 @@ def test_queries_for_suffixes_cost_nothing_for_the_prefix():
         QueryTiles.from_forest(Forest.from_segments(x.segments.numpy()), 128, 64)
         for x in (layout, some)
     )
-    below = whole.items[(whole.items[:, 0] % 4608) >= 4096]  # tiles of suffixes
+    below = whole.items[(whole.items[:, schedule.ROW0] % 4608) >= 4096]  # tiles of suffixes
     assert len(part.items) == len(below) == 8
-    assert part.items[:, [4, 6, 8]].sum() == below[:, [4, 6, 8]].sum()
+    assert part.items[:, QUERY_VISITS].sum() == below[:, QUERY_VISITS].sum()
