@@ -268,7 +268,7 @@ class PrefixLayout:
             non_blocking: copy without waiting, which works for layouts in pinned memory.
 
         Raises:
-            ValueError: if `device` is none.
+            ValueError: if `device` is not a device or its name.
         """
         target = _device(device)
         return self._with_tensors(lambda x: x.to(target, non_blocking=non_blocking))

@@ -463,7 +463,7 @@ class _PathKeys:
         """The key tiles that hold the positions [bottom, top) of the current path."""
         if bottom == top:
             return self._tiles[:0]
-        return self._tiles[self._place[bottom] : self._place[top - 1] + 1].copy()
+        return self._tiles[self._place[bottom] : self._place[top - 1] + 1]
 
     def _write_path(self, segment: int) -> None:
         """Writes what lies between the segment of the last call and this one."""

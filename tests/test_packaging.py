@@ -1,5 +1,6 @@
 """What the wheel holds, and what importing the package does and does not do."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -89,6 +90,18 @@ def test_import_without_triton_and_transformers():
         "print(*prefix_attn.prefix_attention(q, q, q, layout).shape)"
     )
     assert run_python(code) == "4 2 16"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("forest", {"numpy"}), ("radix", {"numpy", "prefix_attn.forest"})],
+)
+def test_the_host_side_of_layouts_needs_numpy_alone(name, allowed):
+    tree = ast.parse((ROOT / "prefix_attn" / f"{name}.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules = [node.names for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    imported |= {module.name for names in modules for module in names}
+    assert {x for x in imported if x.split(".")[0] not in sys.stdlib_module_names} == allowed
 
 
 def test_import_touches_no_integration_and_no_driver():
