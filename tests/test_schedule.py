@@ -319,6 +319,31 @@ def test_a_window_costs_what_it_sees():
         assert by_key < counts[0][1]
 
 
+@settings(max_examples=500, deadline=None)
+@given(
+    data=st.data(),
+    forest=forests(),
+    window=st.integers(1, 60),
+    causal=st.booleans(),
+    blocks=st.sampled_from(BLOCKS),
+)
+def test_every_tile_under_a_window_holds_an_allowed_pair(data, forest, window, causal, blocks):
+    rule = {"window_size": window, "prefix_causal": causal}
+    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
+    tiles, (block_m, block_n) = QueryTiles.from_forest(tree, *blocks), blocks
+    for row0, row1, query0, list0, listed, _, _, masked0, masked in tiles.items.tolist():
+        seen = mask[query0 : query0 + row1 - row0]
+        firsts = tiles.columns[list0 : list0 + listed].tolist()
+        bounds = [(c, c + block_n) for c in firsts]
+        bounds += tiles.masked[masked0 : masked0 + masked].tolist()
+        assert all(seen[:, c:end].any() for c, end in bounds)
+    keys = KeyTiles.from_forest(tree, *blocks)
+    for col0, col1, full0, full, before0, before, *_ in keys.items.tolist():
+        for begin, count in ((full0, full), (before0, before)):
+            for query in keys.queries[begin : begin + count].tolist():
+                assert mask[query : query + block_m, col0:col1].any()
+
+
 def test_a_window_longer_than_every_path_changes_no_visit():
     layout = PrefixLayout.from_lengths([200, 0], [[50, 70], [33, 1]])
     plain, wide = (
