@@ -594,8 +594,3 @@ def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
         if value > INT64_MAX:
             raise ValueError(f"{name}[{i}] must be at most {INT64_MAX}, got {value}")
     raise ValueError(f"{name} must hold integers, got {raw.dtype}")
-
-
-def depths_of(parents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens on the path above each segment: `Forest.depths`."""
-    return Forest.from_tree(lengths, parents).depths
