@@ -17,7 +17,8 @@ from bench.cases import DTYPES, TIMED_DTYPES, Case
 from bench.gpu_units import Session, Unit, WrongResultError, sample
 from bench.measure import disagreement, pass_times, warm_up
 from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
-from prefix_attn import triton_backend, tuning
+from prefix_attn.backends import triton as triton_backend
+from prefix_attn.backends import tuning
 from prefix_attn.kernels.config import Config, Tile, select_config
 
 FUSED = "fused backward"  # what a backward sweep tunes where the order of sums is free

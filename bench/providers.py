@@ -25,8 +25,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from bench.cases import DTYPES, Case
 from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.backends.triton import FORWARD_VARIABLE
 from prefix_attn.kernels.options import Options
-from prefix_attn.triton_backend import FORWARD_VARIABLE
 
 OURS = "prefix_attn"
 FLASH_PACKAGES = {

@@ -2,7 +2,7 @@
 
 Programs start in list order, each on the multiprocessor that is free first, as the hardware does.
 The efficiency is the time that perfectly even work would take over the time of the last program,
-with costs in the units of `prefix_attn.schedule`.
+with costs in the units of `prefix_attn.backends.schedule`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from prefix_attn import PrefixLayout
-from prefix_attn.kernels.config import select_config
-from prefix_attn.schedule import (
+from prefix_attn.backends.schedule import (
     Forest,
     KeyTiles,
     QueryTiles,
     backward_order,
     balanced_key_tiles,
 )
+from prefix_attn.kernels.config import select_config
 
 PROCESSORS = 132
 HEADS_Q, HEADS_KV, HEAD_DIM = 32, 8, 128

@@ -19,8 +19,8 @@ import matplotlib as mpl
 import numpy as np
 
 from prefix_attn import PrefixLayout
+from prefix_attn.backends.schedule import KeyTiles, QueryTiles
 from prefix_attn.forest import Forest
-from prefix_attn.schedule import KeyTiles, QueryTiles
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

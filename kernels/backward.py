@@ -435,7 +435,7 @@ def reduce_kernel(
 
 @dataclass(frozen=True, eq=False)
 class BackwardTables:
-    """Device copies of a schedule: int32, shapes as in `prefix_attn.schedule`.
+    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule`.
 
     `order` is the list of `backward_order`; `key_items`, `rows` and `splits` are of `KeyTiles`, the
     last three of `QueryTiles`; `rule` is that of `ForwardTables`.

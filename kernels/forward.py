@@ -154,7 +154,7 @@ def forward_kernel(
 
 @dataclass(frozen=True, eq=False)
 class ForwardTables:
-    """Device copies of a schedule: int32, shapes as in `prefix_attn.schedule.QueryTiles`.
+    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule.QueryTiles`.
 
     `rule` is (1, T) or, with options, (4, T): the end of the rows that see each key; the first of
     these rows; positions; the packed rows of the queries.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_attn import triton_backend
+from prefix_attn import backends
+from prefix_attn.backends import reference
 from prefix_attn.layout import PrefixLayout
-from prefix_attn.ops import BACKENDS, PrefixAttention
-from prefix_attn.reference import reference_attention
+from prefix_attn.ops import PrefixAttention
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of all backends together; `max_head_dim` knows those of a device.
@@ -155,7 +155,7 @@ def prefix_attention(
     ]
     backend = choose_backend(backend, q.device.type, q.dtype, options, (q.shape[2], v.shape[2]))
     if backend == "reference":
-        out, lse = reference_attention(
+        out, lse = reference.forward(
             q,
             k,
             v,
@@ -185,7 +185,7 @@ def prefix_attention(
 
 def max_head_dim(device_type: str) -> int:
     """The largest D and DV that backend "auto" serves on devices of a type."""
-    return triton_backend.MAX_HEAD_DIM if device_type == "cuda" else MAX_HEAD_DIM
+    return backends.MAX_HEAD_DIMS["triton" if device_type == "cuda" else "cpu"]
 
 
 def choose_backend(
@@ -208,31 +208,18 @@ def choose_backend(
         ValueError: if there is no such backend.
         NotImplementedError: if it can't serve the call, with the reason of every backend.
     """
-    names = [*BACKENDS, "reference"]
+    names = [*backends.NAMES]
     call = (device_type, dtype, options, head_dims)
     if backend not in ("auto", *names):
         raise ValueError(f"backend must be one of {['auto', *names]}, got {backend!r}")
     automatic = {"cuda": ["triton"], "cpu": ["cpu", "reference"]}.get(device_type, [])
     for name in automatic if backend == "auto" else [backend]:
-        if _why_not(name, *call) is None:
+        if backends.why_not(name, *call) is None:
             return name
-    reasons = [f"{name}: {_why_not(name, *call) or 'serves it'}" for name in names]
+    reasons = [f"{name}: {backends.why_not(name, *call) or 'serves it'}" for name in names]
     raise NotImplementedError(
         f"backend {backend!r} can't serve this call ({device_type}, {dtype}). {'; '.join(reasons)}"
     )
-
-
-def _why_not(
-    name: str,
-    device_type: str,
-    dtype: torch.dtype,
-    options: Sequence[str],
-    head_dims: Sequence[int],
-) -> str | None:
-    """The reason why a backend can't serve a call, or None."""
-    if name == "reference":
-        return None
-    return BACKENDS[name].why_not(device_type, dtype, options, head_dims)
 
 
 def _check_tensors(

@@ -7,7 +7,6 @@ graph, under checkpointing and in another process.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from prefix_attn import cpu, triton_backend
+from prefix_attn import backends
 from prefix_attn.forest import forest_of
 from prefix_attn.kernels.options import Options
-
-BACKENDS: dict[str, ModuleType] = {"triton": triton_backend, "cpu": cpu}
 
 # The `*call` behind the tensors of both operators: the fields of `Options`, then the backend.
 CALL = (
@@ -52,7 +49,10 @@ def _forward(
             raise ValueError(f"the layout has {int(rows)} rows of {name}, got {tuple(x.shape)}")
     if q.numel() == 0:
         return _fake_forward(q, k, v)
-    return BACKENDS[backend].forward(q, k, v, sinks, segments, Options(*options))
+    result: tuple[Tensor, Tensor] = backends.load(backend).forward(
+        q, k, v, sinks, segments, Options(*options)
+    )
+    return result
 
 
 @torch.library.register_fake("prefix_attn::forward")
@@ -71,7 +71,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if q.numel() == 0:
         dsinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
-    dq, dk, dv, dsinks = BACKENDS[backend].backward(*tensors, Options(*options))
+    dq, dk, dv, dsinks = backends.load(backend).backward(*tensors, Options(*options))
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

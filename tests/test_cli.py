@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_attn import PrefixLayout, cpu
+from prefix_attn import PrefixLayout
+from prefix_attn.backends import cpu
 from prefix_attn.cases import Case
 from prefix_attn.cli import bench, estimate, info, main, rollouts, terminal
 from prefix_attn.cli.arguments import COMMANDS, parser

@@ -27,14 +27,14 @@ pytest.importorskip("triton.experimental.gluon", reason="Triton has no Gluon")
 
 import triton
 
+from prefix_attn.backends.reference import forward as reference_attention
+from prefix_attn.backends.schedule import QueryTiles
 from prefix_attn.forest import Forest
 from prefix_attn.kernels import gluon_forward, primitives
 from prefix_attn.kernels.config import Tile, select_config
 from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
 from prefix_attn.layout import PrefixLayout
-from prefix_attn.reference import reference_attention
-from prefix_attn.schedule import QueryTiles
 from prefix_attn.testing import assert_within_budget
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from prefix_attn import PrefixLayout, cpu, prefix_attention
+from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.backends import cpu
 from prefix_attn.kernels.options import Options
 
 LAYOUTS = [

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_attn import schedule
-from prefix_attn.forest import Forest
-from prefix_attn.layout import PrefixLayout
-from prefix_attn.schedule import (
+from prefix_attn.backends import schedule
+from prefix_attn.backends.schedule import (
     KeyTiles,
     QueryTiles,
     backward_order,
     balanced_key_tiles,
 )
+from prefix_attn.forest import Forest
+from prefix_attn.layout import PrefixLayout
 
 # Columns that count visited tiles.
 FULL_VISITS = [schedule.NUM_LISTED, schedule.NUM_OWN]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import gpu_tune
-from prefix_attn import tuning
+from prefix_attn.backends import tuning
 from prefix_attn.kernels.config import INTERPRETER, Config, Tile, select_config
 
 KEY = "sm_90 bfloat16 128 128"

@@ -74,7 +74,8 @@ def _launch(program: Program) -> Any:
     """Calls the package as its users do; returns what the launcher had compiled."""
     import triton
 
-    from prefix_attn import PrefixLayout, prefix_attention, triton_backend
+    from prefix_attn import PrefixLayout, prefix_attention
+    from prefix_attn.backends import triton as triton_backend
     from prefix_attn.kernels import backward, forward
 
     wanted, compiled = f"{program.kernel}_kernel", list[Any]()

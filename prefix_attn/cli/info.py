@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import prefix_attn
+from prefix_attn import backends
 from prefix_attn.api import choose_backend
 from prefix_attn.cli.checks import check_gradients
 from prefix_attn.cli.terminal import pairs, table
 from prefix_attn.layout import PrefixLayout
-from prefix_attn.ops import BACKENDS
 
 LIBRARIES = ("triton", "numpy", "transformers", "trl", "verl", "prefix-grouper", "pyarrow")
 OPTIONS = ("window_size", "softcap", "sinks", "prefix_causal=False")
@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "gpus": gpus,
         "why_no_gpu": why_no_gpu,
         "backends": {
-            name: {device: _backend(name, device) for device in devices}
-            for name in (*BACKENDS, "reference")
+            name: {device: _backend(name, device) for device in devices} for name in backends.NAMES
         },
         "integrations": {name: _integration(name) for name in INTEGRATIONS},
         "environment": {
@@ -166,9 +165,7 @@ def _backend(name: str, device: str) -> dict[str, Any]:
     """Why a backend can't run on a device, or the options that it lacks there."""
 
     def reason(*options: str) -> str | None:
-        if name == "reference":
-            return None
-        return BACKENDS[name].why_not(device, DTYPES[device], options)
+        return backends.why_not(name, device, DTYPES[device], options)
 
     why_not = reason()
     lacks = [] if why_not else [option for option in OPTIONS if reason(option)]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from prefix_attn import PrefixLayout, prefix_attention, triton_backend
+from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.backends import triton as triton_backend
 from prefix_attn.testing import (
     Inputs,
     assert_all,
@@ -172,7 +173,7 @@ def test_split_layout_really_splits(monkeypatch):
         slots.append(next(x for x in arguments if isinstance(x, backward.BackwardTables)).num_slots)
         return launch(*arguments, **named)
 
-    monkeypatch.setattr(backward, "launch_backward", recorded)
+    monkeypatch.setattr(triton_backend, "launch_backward", recorded)
     _check(SPLIT, 4, 1, 16, 16, torch.float32)
     assert slots
     assert slots[0] > 2
@@ -256,9 +257,9 @@ def test_triton_operators_pass_opcheck():
     q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     operators = torch.ops.prefix_attn
     sinks = torch.zeros(2)
-    rest = (TREE.segments, 0.25, None, None, True, "triton")
-    out, lse = operators.forward(q, k, v, sinks, *rest)
-    torch.library.opcheck(operators.forward.default, (q, k, v, sinks, *rest))
-    saved = (q, k, v, out, lse, None, sinks, *rest)
     for deterministic in (True, False):
-        torch.library.opcheck(operators.backward.default, (dout, *saved, deterministic))
+        rest = (TREE.segments, 0.25, None, None, True, deterministic, "triton")
+        out, lse = operators.forward(q, k, v, sinks, *rest)
+        torch.library.opcheck(operators.forward.default, (q, k, v, sinks, *rest))
+        saved = (q, k, v, out, lse, None, sinks, *rest)
+        torch.library.opcheck(operators.backward.default, (dout, *saved))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from triton.runtime import interpreter
 
 from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.backends import triton as triton_backend
 from prefix_attn.kernels import backward
 from prefix_attn.kernels.primitives import dot_precision
 from prefix_attn.testing import Inputs, attention_results, check_attention, forests
@@ -121,7 +122,7 @@ def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
         seen.append(fused)
         return launch(*arguments, fused=fused)
 
-    monkeypatch.setattr(backward, "launch_backward", recorded)
+    monkeypatch.setattr(triton_backend, "launch_backward", recorded)
 
     def run(deterministic: bool | None) -> None:
         x = torch.randn(5, 1, 16, requires_grad=True)

@@ -1,7 +1,4 @@
-"""The Triton backend: picks tile shapes, fetches the work lists of a layout, launches the kernels.
-
-Imported only where it is used: `import prefix_attn` needs no Triton.
-"""
+"""The Triton backend: picks tiles, fetches the work lists of a layout, launches the kernels."""
 
 from __future__ import annotations
 
@@ -10,23 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
-from prefix_attn import schedule
+from prefix_attn.backends import schedule, tuning
 from prefix_attn.forest import CACHED_LAYOUTS, forest_of
+from prefix_attn.kernels.backward import BackwardTables, launch_backward
+from prefix_attn.kernels.config import INTERPRETER, Config, Tile, select_config
+from prefix_attn.kernels.forward import ForwardTables, launch_forward
+from prefix_attn.kernels.options import Options
+from prefix_attn.kernels.primitives import INTERPRETED, dot_precision
 
-if TYPE_CHECKING:
-    from prefix_attn.kernels.backward import BackwardTables
-    from prefix_attn.kernels.config import Config, Tile
-    from prefix_attn.kernels.forward import ForwardTables
-    from prefix_attn.kernels.options import Options
-
-# Tile shapes are chosen for head dimensions up to this one.
-MAX_HEAD_DIM = 256
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
 # Environment variable that chooses the forward kernel: triton, or gluon where that can serve.
@@ -51,8 +46,6 @@ def _forward_kernel(
     q: Tensor, v: Tensor, sinks: Tensor | None, options: Options
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Config]:
     """The launcher that `PREFIX_ATTN_FORWARD` names, "triton" by default, and its configuration."""
-    from prefix_attn.kernels.forward import launch_forward
-
     config, name = config_for(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
     if name == "triton":
         return launch_forward, config
@@ -85,8 +78,6 @@ def backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
-    from prefix_attn.kernels.backward import launch_backward
-
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
     config = config_for(q, v)
@@ -111,16 +102,8 @@ def _any_order(options: Options) -> bool:
     )
 
 
-def why_not(
-    device_type: str, dtype: torch.dtype, options: Sequence[str], head_dims: Sequence[int] = ()
-) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
     """The reason why this backend can't serve a call, or None; see `api.choose_backend`."""
-    try:
-        from prefix_attn.kernels.primitives import INTERPRETED
-    except ImportError as error:
-        return f"Triton can't be imported ({error})"
-    if max(head_dims, default=0) > MAX_HEAD_DIM:
-        return f"head dimensions are at most {MAX_HEAD_DIM} here, got {max(head_dims)}"
     if INTERPRETED:
         return _why_not_interpreted(dtype)
     if device_type != "cuda":
@@ -131,8 +114,6 @@ def why_not(
 
 
 def _why_not_interpreted(dtype: torch.dtype) -> str | None:
-    from triton.runtime.interpreter import InterpreterBuilder
-
     if dtype == torch.bfloat16 and not getattr(InterpreterBuilder, "prefix_attn_fixed", False):
         return (
             "Triton's interpreter computes bfloat16 wrong: call "
@@ -154,10 +135,6 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
 
 def config_for(q: Tensor, v: Tensor) -> Config:
     """What is launched for q and v; sweeps and tests put functions of their own in its place."""
-    from prefix_attn import tuning
-    from prefix_attn.kernels.config import INTERPRETER, select_config
-    from prefix_attn.kernels.primitives import dot_precision
-
     if q.device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(q.device)
@@ -206,8 +183,6 @@ def _rule(key: _Key, device: torch.device) -> Tensor:
 
 @lru_cache(CACHED_LAYOUTS)
 def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTables:
-    from prefix_attn.kernels.forward import ForwardTables
-
     work = schedule.QueryTiles.from_forest(forest_of(*key), tile.block_m, tile.block_n)
     return ForwardTables(
         rule=_rule(key, device),
@@ -221,8 +196,6 @@ def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTable
 def _backward_tables(
     key: _Key, config: Config, heads: int, group: int, fused: bool, device: torch.device
 ) -> BackwardTables:
-    from prefix_attn.kernels.backward import BackwardTables
-
     forest = forest_of(*key)
     keys = schedule.balanced_key_tiles(
         forest,

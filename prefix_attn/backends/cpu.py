@@ -219,9 +219,7 @@ def backward(
     )
 
 
-def why_not(
-    device_type: str, dtype: torch.dtype, options: Sequence[str], head_dims: Sequence[int] = ()
-) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
     """The reason why this backend can't serve a call, or None; see `api.choose_backend`."""
     if device_type != "cpu":
         return f"needs CPU tensors, got {device_type} tensors"

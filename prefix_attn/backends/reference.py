@@ -1,6 +1,11 @@
-"""The dense oracle: plain PyTorch, any device, differentiable by autograd, quadratic in memory."""
+"""The dense oracle: plain PyTorch, any device, quadratic in memory.
+
+Autograd is its backward, as often as it is asked for: it is called without an operator.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +13,11 @@ from torch import Tensor
 from prefix_attn.layout import PrefixLayout
 
 
-def reference_attention(
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> None:
+    """No reason: it serves every call, on every device."""
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
