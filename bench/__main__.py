@@ -12,6 +12,7 @@ import torch
 
 from bench import report
 from bench.cases import TIMED_DTYPES, Case, default_dtype, table
+from bench.facts import environment
 from bench.measure import MIN_ROUNDS, Outcome, run_case
 
 
@@ -85,7 +86,7 @@ def main() -> int:
     """Runs the cases and writes table, CSV and picture; 1 if a provider was wrong."""
     options = parse()
     device, cases = options.device, options.cases
-    facts = report.environment(device)
+    facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
     total = Outcome()
     with progress(len(cases)) as bar:
@@ -105,21 +106,12 @@ def main() -> int:
             total.failures += outcome.failures
             bar.update()
     if total.results:
-        rows = report.compare(total.results)
-        options.out.mkdir(parents=True, exist_ok=True)
-        report.write_csv(rows, facts, options.out / "bench.csv")
-        written = [options.out / "bench.csv"]
-        if importlib.util.find_spec("matplotlib") is not None:
-            report.draw(rows, facts, options.out / "bench.png")
-            written.append(options.out / "bench.png")
-        print(f"\n{report.table(rows)}\n")
+        written = report.write(total.results, facts, options.out, len(cases))
         print(
             "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "
             "share is the speed-up over the ideal.\nPeak memory holds inputs, output, gradients "
-            f"and workspace. Written: {', '.join(map(str, written))}"
+            f"and workspace. Written to {options.out}: {', '.join(written)}"
         )
-        if len(written) == 1:
-            print("matplotlib is not installed, so there is no picture.")
     for failure in total.failures:
         print(f"WRONG, not timed: {failure}", file=sys.stderr)
     return 1 if total.failures else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +17,9 @@ DTYPES = {
     "tf32": torch.float32,
 }
 TIMED_DTYPES = ("float16", "bfloat16", "float32")
-# The longest sequence whose (L, L) float64 scores the correctness gate computes.
-GATE_SEQUENCE = 640
+# What the correctness gate computes float64 scores for: (L, L) of so many sequences of this length
+# with all heads, or (T, T) of this packed axis with a few.
+GATE_MEMBERS, GATE_SEQUENCE, GATE_TOKENS = 16, 640, 4096
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,12 @@ class Case:
         prefix = seen(self.prefix)
         return prefix + ahead + self.group * (seen(self.sequence) - prefix)
 
-    @property
-    def forward_flops(self) -> float:
-        """FLOPs of the forward pass over all `pairs`.
-
-        Every provider is charged this useful work, whether it repeats the prefix or not.
-        """
-        return self.flops(self.pairs)
-
-    @property
-    def backward_flops(self) -> float:
-        """FLOPs of the backward pass: five matrix products against two, 2.5 times the forward."""
-        return 2.5 * self.forward_flops
-
     def flops(self, pairs: int) -> float:
         """FLOPs of a forward pass over so many pairs: 4 D Hq pairs.
 
-        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair.
+        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair. The
+        backward pass has five. Every provider is charged this useful work, whether it repeats the
+        prefix or not.
         """
         return 4.0 * self.head_dim * self.heads_q * pairs
 
@@ -121,8 +112,18 @@ class Case:
 
     def shrunk(self) -> Case:
         """The same group with prefix and suffix halved until float64 scores are cheap."""
+        few = replace(self, group=min(self.group, GATE_MEMBERS))
+        return few._halved_until(lambda case: case.sequence <= GATE_SEQUENCE)
+
+    def narrow(self) -> Case:
+        """The case with few members and heads, so that a window or a prefix keeps its length."""
+        heads_q = self.heads_q // self.heads_kv
+        few = replace(self, group=min(self.group, 2), heads_q=heads_q, heads_kv=1)
+        return few._halved_until(lambda case: case.tokens <= GATE_TOKENS)
+
+    def _halved_until(self, is_small: Callable[[Case], bool]) -> Case:
         case = self
-        while case.sequence > GATE_SEQUENCE and case.prefix > 1:
+        while not is_small(case) and case.prefix > 1:
             case = replace(case, prefix=case.prefix // 2, suffix=max(1, case.suffix // 2))
         return case
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 
 from prefix_attn import PrefixLayout
+from prefix_attn.timing import Clock, Quantiles
 
 TOKENS = 131072
 GROUPS = 64
@@ -30,17 +29,6 @@ def lengths_of(groups: int, members: int, tokens: int) -> tuple[list[int], list[
         prefixes.append(prefix)
         suffixes.append([b - a for a, b in pairwise(ends)])
     return prefixes, suffixes
-
-
-def median_ms(build: Callable[[], object]) -> tuple[float, float, float]:
-    """Median, least and largest time in milliseconds, after one run to warm up."""
-    build()
-    samples = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        build()
-        samples.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(samples), min(samples), max(samples)
 
 
 def main() -> None:
@@ -67,11 +55,13 @@ def main() -> None:
     }
     print(
         f"{layout.num_tokens} packed tokens, {GROUPS} groups of {MEMBERS} "
-        f"({layout.repeated_tokens} tokens repeated), median (least-largest) of {REPEATS}"
+        f"({layout.repeated_tokens} tokens repeated), median (p20-p80) of {REPEATS}"
     )
+    clock = Clock(torch.device("cpu"))
     for name, build in builds.items():
-        median, least, largest = median_ms(build)
-        print(f"{name:26}{median:9.2f} ms   ({least:.2f}-{largest:.2f})")
+        build()
+        x = Quantiles.from_seconds([clock.seconds(build) for _ in range(REPEATS)])
+        print(f"{name:26}{x.median:9.2f} ms   ({x.p20:.2f}-{x.p80:.2f})")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,44 +13,32 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DTYPES, Case
-from bench.providers import OURS, PROVIDERS, Inputs, Prepared, Provider
+from bench.providers import OURS, PROVIDERS, Prepared, Problem, Provider
+from prefix_attn.testing import (
+    Results,
+    attention_results,
+    compare_attention,
+    repeated_attention,
+)
+from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
 
-TENSORS = ("out", "dq", "dk", "dv")
 INPUT_COPIES = 2
 MIN_ROUNDS = 3
 # A case stops after MIN_ROUNDS once it has run this long.
 CASE_SECONDS = 40.0
-# Larger than any L2 cache: written between CUDA timings.
-L2_FLUSH_BYTES = 256 * 2**20
 # At the timed size, where float64 scores don't fit, a provider must agree with the baseline to
 # this relative norm in units of the dtype's epsilon: it catches what only large shapes get wrong.
 AGREEMENT_EPS = 32
+# What somebody else's code raises where it can't do a case.
+FOREIGN_ERRORS = (RuntimeError, AssertionError, TypeError)
 
 
-@dataclass(frozen=True)
-class Quantiles:
-    """Median, 20th and 80th percentile of a time in milliseconds."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def from_seconds(cls, samples: list[float]) -> Quantiles:
-        """Quantiles of at least one sample, interpolated."""
-        ms = torch.tensor(samples, dtype=torch.float64) * 1e3
-        p20, p80 = torch.quantile(ms, torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-        return cls(statistics.median(ms.tolist()), p20, p80)
+class WrongResultError(Exception):
+    """A provider computes something else than float64 or than the baseline."""
 
 
-def pass_times(forwards: list[float], totals: list[float]) -> dict[str, Any]:
-    """`forward`, `backward` and `total` of a `Result`; `totals` is empty without a backward."""
-    backwards = [total - forward for forward, total in zip(forwards, totals, strict=False)]
-    return {
-        "forward": Quantiles.from_seconds(forwards),
-        "backward": Quantiles.from_seconds(backwards) if totals else None,
-        "total": Quantiles.from_seconds(totals) if totals else None,
-    }
+class UnsupportedError(Exception):
+    """Somebody does not take a case; the reason is their own."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,8 @@ class Result:
         backward: time of the backward pass, None where there is none.
         total: time of both.
         peak_bytes: inputs, gradient of the output, and the most that was allocated on top.
-        errors: largest absolute error of out, dq, dk, dv against float64 at `gate_case`.
+        errors: of out, dq, dk, dv against float64 at `gate_case`: the largest absolute one in the
+            rows that use most of their error budget.
         gate_case: where the errors were measured.
         rounds: samples of each time.
         compared: whether it was held against a baseline at full size, too.
@@ -88,6 +76,40 @@ class Result:
     rounds: int
     compared: bool
 
+    @classmethod
+    def from_laps(
+        cls,
+        case: Case,
+        provider: Provider,
+        laps: list[list[float]],
+        gated: Gated,
+        **more: Any,
+    ) -> Result:
+        """A result of samples: seconds to the end of the forward pass, and of the backward pass."""
+        both = [x for x in laps if len(x) == 2]
+        quantiles = Quantiles.from_seconds
+        return cls(
+            case=case,
+            provider=provider.name,
+            is_baseline=provider.is_baseline,
+            same=not provider.changes,
+            pairs=provider.pairs(case),
+            forward=quantiles([x[0] for x in laps]),
+            backward=quantiles([total - forward for forward, total in both]) if both else None,
+            total=quantiles([total for _, total in both]) if both else None,
+            errors=gated.errors,
+            gate_case=gated.case,
+            rounds=len(laps),
+            **more,
+        )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Result:
+        """Inverse of `asdict`."""
+        times = {n: values[n] and Quantiles(**values[n]) for n in ("forward", "backward", "total")}
+        cases = {n: Case(**values[n]) for n in ("case", "gate_case")}
+        return cls(**{**values, **times, **cases})
+
 
 @dataclass
 class Outcome:
@@ -98,96 +120,78 @@ class Outcome:
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-
-def reference(inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradients in float64, one whole sequence at a time, by explicit softmax.
-
-    out = softmax(scale Q K^T + causal mask) V for each member; dout of a prefix row counts once,
-    the gradients of shared rows add up over members.
-    """
-    case = inputs.case
-    q, k, v = (x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    ratio = case.heads_q // case.heads_kv
-    future = torch.ones(case.sequence, case.sequence, dtype=torch.bool, device=q.device).triu(1)
-    out = torch.empty_like(inputs.q, dtype=torch.float64)
-    for member in range(case.group):
-        start = case.prefix + member * case.suffix
-        rows = torch.cat([torch.arange(case.prefix), torch.arange(start, start + case.suffix)]).to(
-            q.device
-        )
-        keys, values = (x[rows].repeat_interleave(ratio, 1) for x in (k, v))
-        scores = torch.einsum("mhd,nhd->hmn", q[rows], keys) * case.head_dim**-0.5
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        whole = torch.einsum("hmn,nhd->mhd", weights, values)
-        dout = inputs.dout[rows].double()
-        if member:
-            dout[: case.prefix] = 0
-        whole.backward(dout)
-        out[rows] = whole.detach()
-    grads = {f"d{name}": x.grad for name, x in zip("qkv", (q, k, v), strict=True)}
-    return {"out": out, **{name: grad for name, grad in grads.items() if grad is not None}}
-
-
-def packed_tensors(
-    prepared: Prepared, backward: bool, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
-    """Output and gradients of a provider on the packed axis."""
-    out = prepared.forward()
-    tensors = {"out": prepared.pack_out(out.detach())}
-    if backward:
-        grads = torch.autograd.grad(out, prepared.leaves, prepared.dout)
-        tensors |= dict(zip(TENSORS[1:], map(prepared.pack_grad, grads), strict=True))
-    return {name: x.to(dtype) for name, x in tensors.items()}
-
-
-def check(
-    case: Case, device: torch.device, providers: list[Provider], outcome: Outcome
-) -> dict[str, dict[str, float]]:
-    """Compares providers with float64 and returns the errors of those that pass.
-
-    A provider passes when each of its errors is at most twice that of the baseline at the same
-    dtype, plus one epsilon of the largest value.
-    """
-    inputs = Inputs.random(case, device, seed=0)
-    expected = reference(inputs)
-    errors: dict[str, dict[str, float]] = {}
-    for provider in providers:
-        backward = provider.forward_only(device) is None
-        with _reporting(provider, outcome):
-            actual = packed_tensors(provider.prepare(inputs), backward)
-            errors[provider.name] = {
-                name: (x - expected[name]).abs().max().item() for name, x in actual.items()
-            }
-    baselines = [errors[p.name] for p in providers if p.is_baseline and p.name in errors]
-    if not baselines:
-        outcome.failures.append(f"{case.label}: no repeated SDPA ran, there is no error budget")
-        return {}
-    eps = torch.finfo(DTYPES[case.dtype]).eps
-    passed = {}
-    for name, measured in errors.items():
-        wrong = []
-        for tensor, error in measured.items():
-            band = eps * expected[tensor].abs().max().item()
-            budget = 2 * min(b[tensor] for b in baselines) + band
-            if not error <= budget:
-                wrong.append(f"{tensor} error {error:.2e} > {budget:.2e}")
-        if wrong:
-            outcome.failures.append(f"{case.label}: {name}: {', '.join(wrong)}")
-        else:
-            passed[name] = measured
-    return passed
+    @contextmanager
+    def trying(self, case: Case, provider: Provider) -> Iterator[None]:
+        """Notes that a provider is wrong or does not run."""
+        try:
+            with may_refuse(provider):
+                yield
+        except UnsupportedError as error:
+            self.skipped.append(f"{provider.name} skipped: {error}")
+        except WrongResultError as error:
+            self.failures.append(f"{case.label}: {provider.name} {error}")
 
 
 @contextmanager
-def _reporting(provider: Provider, outcome: Outcome) -> Iterator[None]:
-    """Turns an error of somebody else's code into a note; ours is raised."""
+def may_refuse(provider: Provider) -> Iterator[None]:
+    """Turns an error of somebody else's code into an `UnsupportedError`; ours stay."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+    except FOREIGN_ERRORS as error:
         if provider.name.startswith(OURS):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        outcome.skipped.append(f"{provider.name} skipped: {reason}")
+        raise UnsupportedError(reason) from error
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Errors of a provider that passed, by tensor, and the case where they were found."""
+
+    case: Case
+    errors: dict[str, float]
+
+
+class Gate:
+    """Holds providers against float64 at a case, with repeated SDPA's own error as the budget."""
+
+    def __init__(
+        self, case: Case, device: torch.device, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Computes what is right at a case that is small enough.
+
+        Args:
+            case: its result and gradients in float64 are computed.
+            device: where.
+            changes: those of the providers.
+        """
+        self.changes = dict(changes or {})
+        problem = Problem.random(case, device, seed=0)
+        if not self.changes.pop("sinks", False):
+            problem = replace(problem, inputs=replace(problem.inputs, sinks=None))
+        self.problem = problem
+        # The dense reference would not fit for all members: it serves what changes the rule.
+        self.known: dict[str, Any] = {}
+        if not changes:
+            repeated = partial(repeated_attention, layout=problem.layout)
+            rounded = partial(repeated, dtype=problem.inputs.q.dtype)
+            wide = problem.inputs.map(Tensor.double)
+            self.known["exact"] = attention_results(repeated, wide)
+            self.known["pytorch"] = attention_results(rounded, wide)
+
+    def __call__(self, provider: Provider) -> Gated:
+        """Lets a provider pass.
+
+        Raises:
+            WrongResultError: if its errors are beyond the budget.
+        """
+        actual = provider.prepare(self.problem).results()
+        layout, inputs = self.problem.layout, self.problem.inputs
+        found = compare_attention(layout, inputs, actual, **self.known, **self.changes)
+        if wrong := [str(comparison) for comparison in found if not comparison.ok]:
+            raise WrongResultError(f"against float64: {'; '.join(wrong)}")
+        errors = {name: x.largest for name, x in zip(actual, found, strict=True)}
+        return Gated(self.problem.case, errors)
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
@@ -210,63 +214,15 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-class Clock:
-    """Times one forward and backward pass on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Allocates the buffer that flushes L2 on CUDA."""
-        self.is_cuda = device.type == "cuda"
-        if self.is_cuda:
-            self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def __call__(self, prepared: Prepared, backward: bool) -> tuple[float, float | None]:
-        """Seconds of the forward pass, and of both passes where there is a backward."""
-        return (self._cuda if self.is_cuda else self._cpu)(prepared, backward)
-
-    def _cpu(self, prepared: Prepared, backward: bool) -> tuple[float, float | None]:
-        start = time.perf_counter()
-        out = prepared.forward()
-        middle = time.perf_counter()
-        if not backward:
-            return middle - start, None
-        torch.autograd.grad(out, prepared.leaves, prepared.dout)
-        return middle - start, time.perf_counter() - start
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Seconds of anything."""
-        if not self.is_cuda:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-    def _cuda(self, prepared: Prepared, backward: bool) -> tuple[float, float | None]:
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        self.flush.zero_()
-        start.record()
-        out = prepared.forward()
-        middle.record()
-        if backward:
-            torch.autograd.grad(out, prepared.leaves, prepared.dout)
-        end.record()
-        torch.cuda.synchronize()
-        total = start.elapsed_time(end) * 1e-3 if backward else None
-        return start.elapsed_time(middle) * 1e-3, total
-
-
-def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str], None]) -> Outcome:
+def run_case(
+    case: Case, device: torch.device, most_rounds: int, tick: Callable[[str], None]
+) -> Outcome:
     """Gates and times all providers on a case.
 
     Args:
         case: what to run.
         device: where.
-        rounds: samples of each provider; slow cases stop at `MIN_ROUNDS`.
+        most_rounds: samples of each provider; slow cases stop at `MIN_ROUNDS`.
         tick: called with a word on what is done next.
     """
     outcome = Outcome()
@@ -275,69 +231,58 @@ def run_case(case: Case, device: torch.device, rounds: int, tick: Callable[[str]
         reason = provider.available(case, device)
         if reason is None:
             providers.append(provider)
+            if reason := provider.forward_only(device):
+                outcome.skipped.append(f"{provider.name} forward only: {reason}")
         elif not provider.is_baseline:
             outcome.skipped.append(f"{provider.name} skipped: {reason}")
-        reason = provider.forward_only(device)
-        if provider in providers and reason:
-            outcome.skipped.append(f"{provider.name} forward only: {reason}")
-    gate = case.shrunk()
     tick("float64 check")
-    errors = check(gate, device, providers, outcome)
-    where = "" if gate == case else f" at the shrunk P{gate.prefix} S{gate.suffix}"
-    worst = {name: max(e.values()) for name, e in errors.items()}
-    passed = ", ".join(f"{name} {error:.1e}" for name, error in worst.items()) or "nobody"
+    small = case.shrunk()
+    gate, passed = Gate(small, device), dict[str, Gated]()
+    for provider in providers:
+        with outcome.trying(case, provider):
+            passed[provider.name] = gate(provider)
+    del gate  # what it holds is no part of the peaks
+    at = f" at the shrunk P{small.prefix} S{small.suffix} G{small.group}"
+    where = "" if small == case else at
+    worst = [f"{name} {max(gated.errors.values()):.1e}" for name, gated in passed.items()]
     outcome.notes.append(
-        f"float64 check{where} passed (largest error of out, dq, dk, dv) by: {passed}"
+        f"float64 check{where} passed (largest error of out, dq, dk, dv) by: "
+        + (", ".join(worst) or "nobody")
     )
-    providers = [p for p in providers if p.name in errors]
-    copies = [Inputs.random(case, device, seed) for seed in range(INPUT_COPIES)]
+    copies = [Problem.random(case, device, seed) for seed in range(INPUT_COPIES)]
     prepared: dict[str, list[Prepared]] = {}
     peaks: dict[str, int] = {}
-    agreed: dict[str, Tensor] = {}
+    baseline: Results = {}
     compared = set()
     for provider in providers:
+        if provider.name not in passed:
+            continue
         tick(f"warm-up {provider.name}")
-        with _reporting(provider, outcome):
-            bound = [provider.prepare(inputs) for inputs in copies]
-            tensors: dict[str, Tensor] = {}
-            peaks[provider.name] = bound[0].input_bytes + warm_up(
-                bound[0], provider.forward_only(device) is None, device, tensors
-            )
-            wrong = disagreement(tensors, agreed, case)
-            if wrong:
-                outcome.failures.append(f"{case.label}: {provider.name} at full size: {wrong}")
-            else:
-                prepared[provider.name] = bound
-                if agreed:
-                    compared.add(provider.name)
-                if provider.is_baseline:
-                    agreed = agreed or tensors
+        with outcome.trying(case, provider):
+            bound = [provider.prepare(problem) for problem in copies]
+            peak, results = warm_up(bound[0], device)
+            require_agreement(results, baseline, case)
+            prepared[provider.name], peaks[provider.name] = bound, peak
+            if baseline:
+                compared.add(provider.name)
+            elif provider.is_baseline:
+                baseline = results
     providers = [p for p in providers if p.name in prepared]
-    times = _time_rounds(providers, prepared, device, rounds, tick)
-    for provider in providers:
-        forwards, totals = times[provider.name]
-        outcome.results.append(
-            Result(
-                case=case,
-                provider=provider.name,
-                is_baseline=provider.is_baseline,
-                same=not provider.changes,
-                pairs=provider.pairs(case),
-                **pass_times(forwards, totals),
-                peak_bytes=peaks[provider.name],
-                errors=errors[provider.name],
-                gate_case=gate,
-                rounds=len(forwards),
-                compared=provider.name in compared,
-            )
-        )
+    laps: dict[str, list[list[float]]] = {p.name: [] for p in providers}
+    clock = Clock(device)
+    counted = rounds(MIN_ROUNDS, most_rounds, CASE_SECONDS)
+    for index, provider in interleaved(providers, counted):
+        tick(f"round {index + 1}/{most_rounds} {provider.name}")
+        passes = prepared[provider.name][index % INPUT_COPIES].passes
+        laps[provider.name].append(clock.laps(*passes))
+    for p in providers:
+        more = {"peak_bytes": peaks[p.name], "compared": p.name in compared}
+        outcome.results.append(Result.from_laps(case, p, laps[p.name], passed[p.name], **more))
     return outcome
 
 
-def warm_up(
-    prepared: Prepared, backward: bool, device: torch.device, tensors: dict[str, Tensor]
-) -> int:
-    """Runs once, keeps the packed tensors for comparison, and returns the peak on top of inputs.
+def warm_up(prepared: Prepared, device: torch.device) -> tuple[int, Results]:
+    """Runs once; returns the peak of memory, inputs included, and the packed results.
 
     On CUDA a first run outside the measurement absorbs compilation and workspaces.
     """
@@ -346,60 +291,31 @@ def warm_up(
     def run() -> None:
         out = prepared.forward()
         kept.append(out)
-        if backward:
-            kept.extend(torch.autograd.grad(out, prepared.leaves, prepared.dout))
+        for step in prepared.passes[1:]:
+            kept.extend(step(out))
 
     if device.type == "cuda":
         run()
         kept.clear()
-    peak = peak_memory(run, device)
-    tensors["out"] = prepared.pack_out(kept[0].detach())
-    for name, grad in zip(TENSORS[1:], kept[1:], strict=False):
-        tensors[name] = prepared.pack_grad(grad)
-    return peak
+    peak = prepared.input_bytes + peak_memory(run, device)
+    return peak, prepared.packed(*kept)
 
 
-def disagreement(tensors: dict[str, Tensor], agreed: dict[str, Tensor], case: Case) -> str:
-    """Which tensors are not finite or differ from the baseline by more than rounding, or nothing.
+def require_agreement(results: Results, baseline: Results, case: Case) -> None:
+    """Compares results at full size with a baseline; without one, only that they are finite.
 
-    Without a baseline, the first is all that is seen.
+    Raises:
+        WrongResultError: where they are not finite or differ by more than rounding.
     """
     limit = min(0.05, AGREEMENT_EPS * torch.finfo(DTYPES[case.dtype]).eps)
     wrong = []
-    for name, x in tensors.items():
+    for name, x in results.items():
         if not torch.isfinite(x).all():
             wrong.append(f"{name} is not finite")
-        elif name in agreed:
-            expected = agreed[name].float()
+        elif name in baseline:
+            expected = baseline[name].float()
             distance = ((x.float() - expected).norm() / expected.norm()).item()
             if not distance <= limit:
                 wrong.append(f"{name} differs from the baseline by {distance:.1e} > {limit:.1e}")
-    return ", ".join(wrong)
-
-
-def _time_rounds(
-    providers: list[Provider],
-    prepared: dict[str, list[Prepared]],
-    device: torch.device,
-    rounds: int,
-    tick: Callable[[str], None],
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Interleaves providers, their order and inputs rotated from round to round."""
-    times: dict[str, tuple[list[float], list[float]]] = {p.name: ([], []) for p in providers}
-    clock = Clock(device)
-    begin = time.perf_counter()
-    for index in range(rounds):
-        spent = time.perf_counter() - begin
-        if index >= MIN_ROUNDS and spent * (index + 1) / index > CASE_SECONDS:
-            break
-        shift = index % max(1, len(providers))
-        for provider in providers[shift:] + providers[:shift]:
-            tick(f"round {index + 1}/{rounds} {provider.name}")
-            forward, total = clock(
-                prepared[provider.name][index % INPUT_COPIES],
-                provider.forward_only(device) is None,
-            )
-            times[provider.name][0].append(forward)
-            if total is not None:
-                times[provider.name][1].append(total)
-    return times
+    if wrong:
+        raise WrongResultError(f"at full size: {', '.join(wrong)}")

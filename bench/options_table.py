@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench import tables
 from prefix_attn.api import choose_backend
 
 PAGE = Path(__file__).parents[1] / "docs" / "pages" / "options.md"
@@ -42,15 +43,11 @@ def is_served(option: str, backend: str) -> bool:
 def render() -> str:
     """The table in Markdown."""
     directions = [f"{name} {way}" for name in BACKENDS for way in ("forward", "backward")]
-    lines = [
-        "| option | | " + " | ".join(directions) + " |",
-        "| --- | --- |" + " :-: |" * len(directions),
-    ]
+    rows = []
     for option, meaning in OPTIONS.items():
         cells = ["exact" if is_served(option, name) else "refused" for name in BACKENDS]
-        doubled = [cell for cell in cells for _ in range(2)]
-        lines.append(f"| `{option}` | {meaning} | " + " | ".join(doubled) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{option}`", meaning, *(cell for cell in cells for _ in range(2))))
+    return tables.markdown(("option", "", *directions), rows, "ll" + "c" * len(directions)) + "\n"
 
 
 def main() -> None:

@@ -27,14 +27,14 @@ from bench.cases import DTYPES, Case
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends.triton import FORWARD_VARIABLE
 from prefix_attn.kernels.options import Options
+from prefix_attn.testing import Inputs, Results
 
 OURS = "prefix_attn"
+TENSORS = ("out", "dq", "dk", "dv")
 FLASH_PACKAGES = {
     "repeated FlashAttention-3": "flash_attn_interface",
     "repeated FlashAttention-4": "flash_attn.cute",
 }
-
-
 # The backend of ours: a dry run of the GPU benchmark interprets the Triton kernels.
 ours_backend = "auto"
 # It calls FlexAttention uncompiled, too.
@@ -42,28 +42,24 @@ flex_compiler: Callable[..., Callable[..., Any]] = torch.compile
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """Packed inputs of a case: q and dout (T, Hq, D), k and v (T, Hkv, D)."""
+class Problem:
+    """A case with its layout, and inputs on the packed axis: sinks for those who ask for them."""
 
     case: Case
     layout: PrefixLayout
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
+    inputs: Inputs
 
     @classmethod
-    def random(cls, case: Case, device: torch.device, seed: int) -> Inputs:
+    def random(cls, case: Case, device: torch.device, seed: int) -> Problem:
         """Standard normal inputs, rounded to the dtype of the case."""
-        generator = torch.Generator(device=device).manual_seed(seed)
+        layout = case.layout(device)
+        heads, dims = (case.heads_q, case.heads_kv), (case.head_dim, case.head_dim)
         dtype = DTYPES[case.dtype]
+        return cls(case, layout, Inputs.random(layout, heads, dims, dtype, sinks=True, seed=seed))
 
-        def normal(heads: int) -> Tensor:
-            shape = (case.tokens, heads, case.head_dim)
-            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        q, k, v, dout = map(normal, (case.heads_q, case.heads_kv, case.heads_kv, case.heads_q))
-        return cls(case, case.layout(device), q, k, v, dout)
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +68,7 @@ class Prepared:
 
     Attributes:
         forward: computes the output from `leaves`.
-        leaves: q, k, v as this provider takes them.
+        leaves: q, k, v as this provider takes them; without gradients where it has no backward.
         dout: gradient of the output, in the output's shape.
         pack_out: output to (T, Hq, D).
         pack_grad: gradient of a leaf to (T, H, D).
@@ -81,13 +77,32 @@ class Prepared:
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, Tensor, Tensor]
     dout: Tensor
-    pack_out: Callable[[Tensor], Tensor]
-    pack_grad: Callable[[Tensor], Tensor]
+    pack_out: Callable[[Tensor], Tensor] = _same
+    pack_grad: Callable[[Tensor], Tensor] = _same
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the leaves and of dout."""
         return sum(x.numel() * x.element_size() for x in (*self.leaves, self.dout))
+
+    @property
+    def passes(self) -> list[Callable[..., Any]]:
+        """The forward pass, and the backward pass of what it returns, if there is one."""
+        return [self.forward, self.backward] if self.leaves[0].requires_grad else [self.forward]
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the leaves."""
+        return torch.autograd.grad(out, self.leaves, self.dout)
+
+    def packed(self, out: Tensor, *grads: Tensor) -> Results:
+        """Output and gradients on the packed axis, in the dtype of the case."""
+        found = (self.pack_out(out.detach()), *map(self.pack_grad, grads))
+        return {n: x.to(out.dtype) for n, x in zip(TENSORS, found, strict=False)}
+
+    def results(self) -> Results:
+        """Runs all passes."""
+        out = self.forward()
+        return self.packed(out, *(grad for step in self.passes[1:] for grad in step(out)))
 
 
 @dataclass(frozen=True)
@@ -101,12 +116,12 @@ class Provider:
         forward_only: why it has no backward pass on a device, or None.
         is_baseline: whether it repeats the prefix; speed-ups are over the fastest that does.
         changes: options of `prefix_attention` that make it compute another function, where sinks
-            True stands for a tensor; such a provider has no speed-up over repeating.
+            True stands for those of the inputs; it has no speed-up over repeating.
     """
 
     name: str
     available: Callable[[Case, torch.device], str | None]
-    prepare: Callable[[Inputs], Prepared]
+    prepare: Callable[[Problem], Prepared]
     forward_only: Callable[[torch.device], str | None] = lambda device: None
     is_baseline: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -117,13 +132,14 @@ class Provider:
         return case.pairs_under(**rule)
 
 
-def _leaves(inputs: Inputs, arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _leaves(problem: Problem, arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous leaves of q, k and v in another arrangement."""
 
     def leaf(x: Tensor) -> Tensor:
         copy = arrange(x).detach().clone(memory_format=torch.contiguous_format)
         return copy.requires_grad_()
 
+    inputs = problem.inputs
     return leaf(inputs.q), leaf(inputs.k), leaf(inputs.v)
 
 
@@ -131,34 +147,22 @@ def _always(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def with_sinks(options: Mapping[str, Any], case: Case, device: torch.device) -> dict[str, Any]:
-    """Options with a tensor where they ask for sinks."""
-    if not options.get("sinks"):
-        return dict(options)
-    return {**options, "sinks": torch.linspace(-1, 1, case.heads_q, device=device)}
-
-
-def _prepare_ours(inputs: Inputs, **options: Any) -> Prepared:
-    q, k, v = leaves = _leaves(inputs, lambda x: x)
-    options = with_sinks(options, inputs.case, q.device)
+def _prepare_ours(problem: Problem, **options: Any) -> Prepared:
+    q, k, v = leaves = _leaves(problem, _same)
+    if options.get("sinks"):
+        options["sinks"] = problem.inputs.sinks
 
     def forward() -> Tensor:
-        return prefix_attention(q, k, v, inputs.layout, backend=ours_backend, **options)
+        return prefix_attention(q, k, v, problem.layout, backend=ours_backend, **options)
 
-    return Prepared(
-        forward=forward,
-        leaves=leaves,
-        dout=inputs.dout,
-        pack_out=lambda x: x,
-        pack_grad=lambda x: x,
-    )
+    return Prepared(forward, leaves, problem.inputs.dout)
 
 
 def _repeat(x: Tensor, case: Case) -> Tensor:
     """(T, H, D) to one whole sequence per member, (G, H, P + S, D)."""
     prefix = x[: case.prefix].expand(case.group, *x[: case.prefix].shape)
     suffix = x[case.prefix :].unflatten(0, (case.group, case.suffix))
-    return torch.cat([prefix, suffix], 1).transpose(1, 2).contiguous()
+    return torch.cat([prefix, suffix], 1).transpose(1, 2)
 
 
 def _unrepeat(x: Tensor, case: Case, summed: bool) -> Tensor:
@@ -176,17 +180,20 @@ def _shares(group: int) -> Tensor:
     return torch.tensor([2.0 ** -(bits - 1)] * large + [2.0**-bits] * (group - large))
 
 
-def _repeated_dout(inputs: Inputs) -> Tensor:
+def _repeated_dout(problem: Problem) -> Tensor:
     """Gradient of the output with the prefix rows divided among members, (G, H, P + S, D)."""
-    case = inputs.case
-    dout = _repeat(inputs.dout, case)
+    case = problem.case
+    dout = _repeat(problem.inputs.dout, case).contiguous()
     dout[:, :, : case.prefix] *= _shares(case.group).to(dout)[:, None, None, None]
     return dout
 
 
-def _takes_head_groups(inputs: Inputs, context: Callable[[], AbstractContextManager[Any]]) -> bool:
+def _takes_head_groups(
+    problem: Problem, context: Callable[[], AbstractContextManager[Any]]
+) -> bool:
     """Whether SDPA's backend takes fewer KV heads than query heads; else they are repeated."""
-    q, k, v = (x[:64].detach().transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+    inputs = problem.inputs
+    q, k, v = (_heads_first(x[:64]) for x in (inputs.q, inputs.k, inputs.v))
     try:
         with context():
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -196,12 +203,12 @@ def _takes_head_groups(inputs: Inputs, context: Callable[[], AbstractContextMana
 
 
 def _prepare_repeated(
-    inputs: Inputs, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    problem: Problem, context: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Prepared:
-    case = inputs.case
-    q, k, v = leaves = _leaves(inputs, partial(_repeat, case=case))
+    case = problem.case
+    q, k, v = leaves = _leaves(problem, partial(_repeat, case=case))
     ratio = case.heads_q // case.heads_kv
-    gqa = ratio > 1 and _takes_head_groups(inputs, context)
+    gqa = ratio > 1 and _takes_head_groups(problem, context)
 
     def forward() -> Tensor:
         # On a CPU enable_gqa is up to 7 % faster than repeating the heads.
@@ -213,21 +220,21 @@ def _prepare_repeated(
     return Prepared(
         forward=forward,
         leaves=leaves,
-        dout=_repeated_dout(inputs),
+        dout=_repeated_dout(problem),
         pack_out=lambda x: _unrepeat(x, case, summed=False),
         pack_grad=lambda x: _unrepeat(x, case, summed=True),
     )
 
 
-def _prepare_flash_package(inputs: Inputs, module: str) -> Prepared:
+def _prepare_flash_package(problem: Problem, module: str) -> Prepared:
     """Repeats the prefix through `flash_attn_func` of a package: (G, P + S, H, D) tensors."""
-    case = inputs.case
+    case = problem.case
     attend = importlib.import_module(module).flash_attn_func
 
     def rows_second(x: Tensor) -> Tensor:
         return _repeat(x, case).transpose(1, 2)
 
-    q, k, v = leaves = _leaves(inputs, rows_second)
+    q, k, v = leaves = _leaves(problem, rows_second)
 
     def forward() -> Tensor:
         out = attend(q, k, v, causal=True)
@@ -237,7 +244,7 @@ def _prepare_flash_package(inputs: Inputs, module: str) -> Prepared:
     return Prepared(
         forward=forward,
         leaves=leaves,
-        dout=_repeated_dout(inputs).transpose(1, 2).contiguous(),
+        dout=_repeated_dout(problem).transpose(1, 2).contiguous(),
         pack_out=lambda x: _unrepeat(x.transpose(1, 2), case, summed=False),
         pack_grad=lambda x: _unrepeat(x.transpose(1, 2), case, summed=True),
     )
@@ -251,20 +258,15 @@ def _has_module(case: Case, device: torch.device, module: str) -> str | None:
     return "needs float16 or bfloat16" if case.dtype == "float32" else None
 
 
-def _on_cpu(case: Case, device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "CUDA has one provider per SDPA backend"
-
-
-def _on_cuda_half(case: Case, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs CUDA"
-    return "needs float16 or bfloat16" if case.dtype == "float32" else None
-
-
-def _on_cuda_single(case: Case, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs CUDA"
-    return None if case.dtype == "float32" else "only for float32, which cuDNN and flash refuse"
+def _needs(
+    case: Case, device: torch.device, kind: str = "cuda", half: bool | None = None
+) -> str | None:
+    """Why a case is not for a device of this kind, or not of 16 bits as it has to be."""
+    if device.type != kind:
+        return f"needs {kind}"
+    if half is None or half == (case.dtype != "float32"):
+        return None
+    return "needs float16 or bfloat16" if half else "only for float32, which cuDNN and flash refuse"
 
 
 def _has_prefix_grouper(case: Case, device: torch.device) -> str | None:
@@ -287,56 +289,42 @@ def _rows_first(x: Tensor) -> Tensor:
     return x[0].transpose(0, 1)
 
 
-def _suffix_mask(inputs: Inputs) -> Any:
+def _suffix_mask(problem: Problem) -> Any:
     """What a suffix sees of its whole sequence, as SDPA wants it."""
-    case = inputs.case
-    if inputs.q.is_cuda:
+    case = problem.case
+    q = problem.inputs.q
+    if q.is_cuda:
         return causal_lower_right(case.suffix, case.sequence)
     keep = torch.ones(case.suffix, case.sequence, dtype=torch.bool).tril(case.prefix)
-    return torch.zeros(keep.shape, dtype=inputs.q.dtype).masked_fill(~keep, -torch.inf)
+    return torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, -torch.inf)
 
 
-def _prepare_two_calls(inputs: Inputs) -> Prepared:
+def _prepare_two_calls(problem: Problem) -> Prepared:
     """Prefix Grouper's idea without its package: the prefix alone, then every suffix on a copy."""
-    case = inputs.case
-    q, k, v = leaves = _leaves(inputs, lambda x: x)
-    mask, gqa = _suffix_mask(inputs), case.heads_q != case.heads_kv
-
-    def suffixes(x: Tensor) -> Tensor:
-        return x[case.prefix :].unflatten(0, (case.group, case.suffix))
-
-    def with_prefix(x: Tensor) -> Tensor:
-        prefix = x[: case.prefix].expand(case.group, *x[: case.prefix].shape)
-        return torch.cat([prefix, suffixes(x)], 1).transpose(1, 2)
+    case = problem.case
+    q, k, v = leaves = _leaves(problem, _same)
+    mask, gqa = _suffix_mask(problem), case.heads_q != case.heads_kv
 
     def forward() -> Tensor:
         head, keys, values = (_heads_first(x[: case.prefix]) for x in (q, k, v))
         first = F.scaled_dot_product_attention(head, keys, values, is_causal=True, enable_gqa=gqa)
+        suffixes = q[case.prefix :].unflatten(0, (case.group, case.suffix)).transpose(1, 2)
+        keys, values = (_repeat(x, case) for x in (k, v))
         rest = F.scaled_dot_product_attention(
-            suffixes(q).transpose(1, 2),
-            with_prefix(k),
-            with_prefix(v),
-            attn_mask=mask,
-            enable_gqa=gqa,
+            suffixes, keys, values, attn_mask=mask, enable_gqa=gqa
         )
         return torch.cat([_rows_first(first), rest.transpose(1, 2).flatten(0, 1)])
 
-    return Prepared(
-        forward=forward,
-        leaves=leaves,
-        dout=inputs.dout,
-        pack_out=lambda x: x,
-        pack_grad=lambda x: x,
-    )
+    return Prepared(forward, leaves, problem.inputs.dout)
 
 
-def _prepare_prefix_grouper(inputs: Inputs) -> Prepared:
+def _prepare_prefix_grouper(problem: Problem) -> Prepared:
     from prefix_grouper import PrefixGrouper
 
-    case, device = inputs.case, inputs.q.device
-    q, k, v = leaves = _leaves(inputs, _heads_first)
+    case, device = problem.case, problem.layout.device
+    q, k, v = leaves = _leaves(problem, _heads_first)
     grouper = PrefixGrouper([[case.prefix] + [case.suffix] * case.group], device=device)
-    mask = _suffix_mask(inputs)
+    mask = _suffix_mask(problem)
     gqa = case.heads_q != case.heads_kv
 
     def attn(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -350,7 +338,7 @@ def _prepare_prefix_grouper(inputs: Inputs) -> Prepared:
     return Prepared(
         forward=lambda: grouper.forward(attn, q, k, v),
         leaves=leaves,
-        dout=inputs.dout[None],
+        dout=problem.inputs.dout[None],
         pack_out=lambda x: x[0],
         pack_grad=_rows_first,
     )
@@ -374,18 +362,18 @@ def compiled_flex() -> Callable[..., Any]:
     return flex_compiler(flex_attention, dynamic=True)
 
 
-def _prepare_flex(inputs: Inputs) -> Prepared:
+def _prepare_flex(problem: Problem) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    case, device = inputs.case, inputs.q.device
-    q, k, v = leaves = _leaves(inputs, _heads_first)
+    case, device = problem.case, problem.layout.device
+    q, k, v = leaves = _leaves(problem, _heads_first)
     if _flex_forward_only(device):
         for leaf in leaves:
             leaf.requires_grad_(False)
     # Uncompiled, this would hold the dense mask.
     create = flex_compiler(create_block_mask) if device.type == "cuda" else create_block_mask
     mask = create(
-        inputs.layout.mask_mod(), None, None, case.tokens, case.tokens, device=str(device)
+        problem.layout.mask_mod(), None, None, case.tokens, case.tokens, device=str(device)
     )
     flex, ratio = compiled_flex(), case.heads_q // case.heads_kv
 
@@ -399,41 +387,30 @@ def _prepare_flex(inputs: Inputs) -> Prepared:
     return Prepared(
         forward=forward,
         leaves=leaves,
-        dout=_heads_first(inputs.dout),
+        dout=_heads_first(problem.inputs.dout),
         pack_out=_rows_first,
         pack_grad=_rows_first,
     )
 
 
-def repeated_with(backend: SDPBackend) -> Callable[[Inputs], Prepared]:
+def repeated_with(backend: SDPBackend) -> Callable[[Problem], Prepared]:
     """Repeats the prefix through one backend of SDPA, which refuses what it can't do."""
     return partial(_prepare_repeated, context=partial(sdpa_kernel, backend))
 
 
+_half = partial(_needs, half=True)
+BASELINES: dict[str, tuple[Callable[..., str | None], Callable[[Problem], Prepared]]] = {
+    "repeated SDPA": (partial(_needs, kind="cpu"), _prepare_repeated),
+    "repeated SDPA cuDNN": (_half, repeated_with(SDPBackend.CUDNN_ATTENTION)),
+    "repeated SDPA flash": (_half, repeated_with(SDPBackend.FLASH_ATTENTION)),
+    "repeated SDPA float32": (partial(_needs, half=False), _prepare_repeated),
+    **{
+        name: (partial(_has_module, module=x), partial(_prepare_flash_package, module=x))
+        for name, x in FLASH_PACKAGES.items()
+    },
+}
 PROVIDERS = (
-    Provider("repeated SDPA", _on_cpu, _prepare_repeated, is_baseline=True),
-    Provider(
-        "repeated SDPA cuDNN",
-        _on_cuda_half,
-        repeated_with(SDPBackend.CUDNN_ATTENTION),
-        is_baseline=True,
-    ),
-    Provider(
-        "repeated SDPA flash",
-        _on_cuda_half,
-        repeated_with(SDPBackend.FLASH_ATTENTION),
-        is_baseline=True,
-    ),
-    Provider("repeated SDPA float32", _on_cuda_single, _prepare_repeated, is_baseline=True),
-    *(
-        Provider(
-            name,
-            partial(_has_module, module=module),
-            partial(_prepare_flash_package, module=module),
-            is_baseline=True,
-        )
-        for name, module in FLASH_PACKAGES.items()
-    ),
+    *(Provider(name, *how, is_baseline=True) for name, how in BASELINES.items()),
     Provider("prefix-grouper", _has_prefix_grouper, _prepare_prefix_grouper),
     Provider("two calls", _lacks_prefix_grouper, _prepare_two_calls),
     Provider("FlexAttention", _can_compile, _prepare_flex, forward_only=_flex_forward_only),
@@ -456,26 +433,22 @@ def no_gluon(
 
 
 def _no_gluon(case: Case, device: torch.device) -> str | None:
-    scale = case.head_dim**-0.5
-    return no_gluon(DTYPES[case.dtype], case.head_dim, case.head_dim, scale, device)
+    return no_gluon(DTYPES[case.dtype], case.head_dim, case.head_dim, 1.0, device)
 
 
 @contextmanager
 def gluon() -> Iterator[None]:
     """Calls of ours take the optional Hopper forward."""
-    before = os.environ.get(FORWARD_VARIABLE)
+    before = os.environ.get(FORWARD_VARIABLE, "triton")
     os.environ[FORWARD_VARIABLE] = "gluon"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[FORWARD_VARIABLE]
-        else:
-            os.environ[FORWARD_VARIABLE] = before
+        os.environ[FORWARD_VARIABLE] = before
 
 
-def _prepare_gluon(inputs: Inputs) -> Prepared:
-    prepared = _prepare_ours(inputs)
+def _prepare_gluon(problem: Problem) -> Prepared:
+    prepared = _prepare_ours(problem)
 
     def forward() -> Tensor:
         with gluon():

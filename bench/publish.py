@@ -12,19 +12,43 @@ import csv
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import schedule_model
+from bench import schedule_model, tables
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "pages" / "performance.md")
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MODELS: dict[str, Callable[[], str]] = {
     "machine-code": budget.markdown,
     "schedule": schedule_model.markdown,
+}
+ABOVE = (
+    "Above 100 % means that the repeated baseline reaches fewer FLOP/s than shared attention; no "
+    "work is skipped."
+)
+MODES = "TFLOP/s count the pairs of each mode; one that computes another function has no ideal."
+
+
+# Columns of a run's table: title, and figures of the CSV.
+CPU_COLUMNS = {
+    "fwd+bwd ms (p20-p80)": "{total_ms:.0f} ({total_p20_ms:.0f}-{total_p80_ms:.0f})",
+    "speed-up": "{total_speedup:.2f}x",
+    "ideal": "{ideal:.2f}x",
+    "of ideal": "{share_of_ideal:.0%}",
+    "MiB": "{peak_mib:.0f}",
+}
+GPU_COLUMNS = {
+    "fwd ms": "{fwd_ms:.3f}",
+    "fwd TFLOP/s": "{fwd_tflops:.0f}",
+    "bwd ms": "{bwd_ms:.3f}",
+    "bwd TFLOP/s": "{bwd_tflops:.0f}",
+    **CPU_COLUMNS,
+    "fwd+bwd ms (p20-p80)": "{total_ms:.3f} ({total_p20_ms:.3f}-{total_p80_ms:.3f})",
 }
 
 
@@ -32,73 +56,41 @@ def markdown(results: Path) -> str:
     """The table of one run: times, speed-up over repeating, share of the ideal."""
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = _gpu_lines(rows) if rows[0].get("driver") else _cpu_lines(rows)
     first = rows[0]
-    versions = f"torch {first['torch']}"
-    machine = f"{first['device']}, {first['threads']} threads"
+    machine = f"{first['device']}, {first['threads']} threads, {first['dtype']}"
+    versions, columns = f"torch {first['torch']}", CPU_COLUMNS
     if first.get("driver"):
-        machine = f"{first['device']}, driver {first['driver']}"
-        versions += f", Triton {first['triton']}"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{machine}, {first['dtype']}, {versions}, "
-            f"commit {first['commit']}; medians. P prefix, S suffix, G members, query/KV heads. "
-            "Speed-up is over repeated SDPA; peak memory holds inputs, output and gradients."
-            + _on_modes(rows),
-        ]
-    )
-
-
-def _on_modes(rows: list[dict[str, str]]) -> str:
-    """What the figures of rows without an ideal mean, if there are any."""
-    if all(row["ideal"] for row in rows):
-        return ""
-    return " TFLOP/s count the pairs of each mode; one that computes another function has no ideal."
-
-
-def _case(row: dict[str, str]) -> str:
-    return (
-        f"{row['prefix']}, {row['suffix']}, {row['group']}, "
-        f"{row['heads_q']}/{row['heads_kv']}, {row['head_dim']}"
-    )
-
-
-def _cpu_lines(rows: list[dict[str, str]]) -> list[str]:
-    lines = [
-        "| P, S, G, heads, D | provider | fwd+bwd ms (p20-p80) | speed-up "
-        "| ideal | of ideal | MiB |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        machine = f"{first['device']}, driver {first['driver']}, {first['dtype']}"
+        versions, columns = f"{versions}, Triton {first['triton']}", GPU_COLUMNS
+    else:
+        rows = [row for row in rows if row["total_ms"]]
+    notes = [
+        f"{machine}, {versions}, commit {first['commit']}; medians.",
+        "P prefix, S suffix, G members, query/KV heads.",
+        "Speed-up is over repeated SDPA; peak memory holds inputs, output and gradients.",
     ]
-    for row in rows:
-        if not row["total_ms"]:
-            continue
-        spread = f"{float(row['total_p20_ms']):.0f}-{float(row['total_p80_ms']):.0f}"
-        lines.append(
-            f"| {_case(row)} | {row['provider']} | {float(row['total_ms']):.0f} ({spread}) "
-            f"| {float(row['total_speedup']):.2f}x | {float(row['ideal']):.2f}x "
-            f"| {float(row['share_of_ideal']):.0%} | {float(row['peak_mib']):.0f} |"
-        )
-    return lines
+    if any(float(row["share_of_ideal"] or 0) > 1 for row in rows):
+        notes.append(ABOVE)
+    if not all(row["ideal"] for row in rows):
+        notes.append(MODES)
+    header = ("P, S, G, heads, D", "provider", *columns)
+    cells = [_cells(row, columns.values()) for row in rows]
+    table = tables.markdown(header, cells, "ll" + "r" * len(columns))
+    return f"{table}\n\n{' '.join(notes)}"
 
 
-def _gpu_lines(rows: list[dict[str, str]]) -> list[str]:
-    """Milliseconds and useful TFLOP/s of each pass; a dash where there is no figure."""
-    lines = [
-        "| P, S, G, heads, D | provider | fwd ms | TFLOP/s | bwd ms | TFLOP/s | fwd+bwd ms "
-        "| speed-up | ideal | of ideal | MiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    fields = (
-        ("fwd_ms", ".3f"), ("fwd_tflops", ".0f"), ("bwd_ms", ".3f"), ("bwd_tflops", ".0f"),
-        ("total_ms", ".3f"), ("total_speedup", ".2f"), ("ideal", ".2f"), ("share_of_ideal", ".0%"),
-        ("peak_mib", ".0f"),
-    )  # fmt: skip
-    for row in rows:
-        cells = [f"{float(row[name]):{form}}" if row[name] else "-" for name, form in fields]
-        lines.append(f"| {_case(row)} | {row['provider']} | {' | '.join(cells)} |")
-    return lines
+def _cells(row: dict[str, str], columns: Iterable[str]) -> list[str]:
+    """The case, the provider and the figures; a dash where there is none."""
+    figures = {name: float(x) for name, x in row.items() if NUMBER.fullmatch(x)}
+
+    def cell(column: str) -> str:
+        try:
+            return column.format_map(figures)
+        except KeyError:
+            return "-"
+
+    case = "{prefix}, {suffix}, {group}, {heads_q}/{heads_kv}, {head_dim}".format_map(row)
+    return [case, row["provider"], *map(cell, columns)]
 
 
 def filled(text: str) -> str:

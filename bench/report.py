@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import platform
-import subprocess
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+import importlib.util
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import tables
 from bench.cases import Case
-from bench.measure import TENSORS, Quantiles, Result
-from bench.providers import FLASH_PACKAGES, OURS, PROVIDERS
+from bench.measure import Result
+from bench.providers import FLASH_PACKAGES, OURS, PROVIDERS, TENSORS
+from prefix_attn.timing import Quantiles
 
-ROOT = Path(__file__).resolve().parents[1]
-# What a measurement is of.
-MEASURED = ("kernels", "prefix_attn")
-# Facts that rows share when they belong together: those of a run that goes on, those of a table.
-IDENTITY = ("device", "driver", "torch", "triton", "commit")
 HEADER = (
     "case", "provider", "fwd ms", "p20-p80", "fwd+bwd ms", "p20-p80", "speed-up", "ideal",
     "share", "peak MiB",
 )  # fmt: skip
+QUANTILES = {"ms": "median", "p20_ms": "p20", "p80_ms": "p80"}
+# FLOPs of each pass in those of the forward: two matrix products, five, and both.
+WORK = {"fwd": 1.0, "bwd": 2.5, "total": 3.5}
 # Okabe and Ito's palette, told apart with any colour vision.
 COLOURS = {
     "repeated SDPA": "#999999",
@@ -39,6 +34,7 @@ COLOURS = {
     "FlexAttention": "#009E73",
     OURS: "#0072B2",
 }
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,6 @@ class Row:
         """Part of the ideal that is reached, forward and backward; forward where that is all."""
         speedup = self.total_speedup if self.result.total else self.forward_speedup
         return None if speedup is None or self.ideal is None else speedup / self.ideal
-
-
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 
 def compare(results: list[Result]) -> list[Row]:
@@ -115,153 +108,66 @@ def table(rows: list[Row]) -> str:
     last = None
     for row in rows:
         case = row.result.case
+        if case != last:
+            lines.append(())
         lines.append(_cells(row, case.label if case != last else ""))
         last = case
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text: list[str] = []
-    for line in lines:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        if line[0] and text:
-            text.append("")
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    return tables.text(lines, "ll" + "r" * (len(HEADER) - 2))
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+def write(results: list[Result], facts: dict[str, Any], folder: Path, cases: int) -> list[str]:
+    """Prints the table, writes `bench.csv` and draws so many cases where matplotlib is installed.
+
+    Returns:
+        Names of the files.
+    """
+    rows = compare(results)
+    print(f"\n{table(rows)}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    tables.write_csv([_record(row) | facts for row in rows], folder / "bench.csv")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so there is no picture.")
+        return ["bench.csv"]
+    drawn = draw(rows, facts, folder / "bench.png", cases)
+    return ["bench.csv", "bench.png"] if drawn else ["bench.csv"]
 
 
-def _commit(root: Path = ROOT) -> str:
-    """The commit, with a hash of what is measured where that is not all of it."""
-    found = _git(root, "describe", "--always", "--dirty", "--abbrev=12")
-    # A copy inside of another repository has no commit of its own.
-    if not found or _git(root, "rev-parse", "--show-prefix"):
-        return f"content-{_content(root)}"
-    return f"{found}-{_content(root)}" if found.endswith("-dirty") else found
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
-def _content(root: Path) -> str:
-    """A short hash of the names and the text of all sources that are measured."""
-    digest = hashlib.sha256()
-    for folder in MEASURED:
-        for path in sorted((root / folder).rglob("*.py")):
-            text = path.read_bytes()
-            digest.update(f"{path.relative_to(root)} {len(text)}\n".encode())
-            digest.update(text)
-    return digest.hexdigest()[:12]
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()
-
-
-@cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a time depends on besides the case."""
-    cuda = device.type == "cuda"
+def _record(row: Row) -> dict[str, Any]:
+    """A line of the CSV: times in milliseconds, bytes in MiB."""
+    result, case = row.result, row.result.case
+    flops = case.flops(result.pairs)
+    passes: dict[str, Any] = {
+        "fwd": result.forward,
+        "bwd": result.backward,
+        "total": result.total,
+    }
+    times: dict[str, float | None] = {}
+    for name, x in passes.items():
+        times |= {f"{name}_{q}": getattr(x, field, None) for q, field in QUANTILES.items()}
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "driver": _driver() if cuda else "",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "prefix_attn": _version("prefix_attn"),
-        "prefix_grouper": _version("prefix_grouper"),
-        "commit": _commit(),
+        **asdict(case),
+        "provider": result.provider,
+        "pairs": result.pairs,
+        **times,
+        "rounds": result.rounds,
+        "compared": result.compared,
+        **{f"{n}_tflops": x and WORK[n] * flops / x.median * 1e-9 for n, x in passes.items()},
+        "fwd_speedup": row.forward_speedup,
+        "total_speedup": row.total_speedup,
+        "ideal": row.ideal,
+        "share_of_ideal": row.share,
+        "peak_mib": result.peak_bytes / 2**20,
+        **{f"error_{name}": result.errors.get(name) for name in TENSORS},
+        "error_prefix": result.gate_case.prefix,
+        "error_suffix": result.gate_case.suffix,
+        "error_group": result.gate_case.group,
     }
 
 
-def same_identity(facts: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether measurements under these facts belong together."""
-    return all(facts.get(name) == others.get(name) for name in IDENTITY)
+def draw(rows: list[Row], facts: dict[str, Any], path: Path, most: int) -> bool:
+    """Draws the speed-ups over repeated SDPA, with the ideal as a line over each case.
 
-
-def write_csv(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """Writes one line per case and provider, times in milliseconds, bytes in MiB."""
-    records = []
-    for row in rows:
-        result, case = row.result, row.result.case
-        backward, total = result.backward, result.total
-        flops = case.flops(result.pairs)
-        record: dict[str, Any] = {
-            "prefix": case.prefix,
-            "suffix": case.suffix,
-            "group": case.group,
-            "heads_q": case.heads_q,
-            "heads_kv": case.heads_kv,
-            "head_dim": case.head_dim,
-            "dtype": case.dtype,
-            "provider": result.provider,
-            "pairs": result.pairs,
-            "fwd_ms": result.forward.median,
-            "fwd_p20_ms": result.forward.p20,
-            "fwd_p80_ms": result.forward.p80,
-            "bwd_ms": backward and backward.median,
-            "bwd_p20_ms": backward and backward.p20,
-            "bwd_p80_ms": backward and backward.p80,
-            "total_ms": total and total.median,
-            "total_p20_ms": total and total.p20,
-            "total_p80_ms": total and total.p80,
-            "rounds": result.rounds,
-            "compared": result.compared,
-            "fwd_tflops": flops / result.forward.median * 1e-9,
-            "bwd_tflops": backward and 2.5 * flops / backward.median * 1e-9,
-            "total_tflops": total and 3.5 * flops / total.median * 1e-9,
-            "fwd_speedup": row.forward_speedup,
-            "total_speedup": row.total_speedup,
-            "ideal": row.ideal,
-            "share_of_ideal": row.share,
-            "peak_mib": result.peak_bytes / 2**20,
-            **{f"error_{name}": result.errors.get(name) for name in TENSORS},
-            "error_prefix": result.gate_case.prefix,
-            "error_suffix": result.gate_case.suffix,
-            **facts,
-        }
-        records.append(
-            {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in record.items()}
-        )
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def draw(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """Draws the speed-ups over repeated SDPA per case, with the ideal as a line over each.
-
-    Modes of ours are left to the tables.
+    Modes of ours are left to the tables; without anything else there is no picture, and False.
     """
     import matplotlib
 
@@ -270,16 +176,14 @@ def draw(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
 
     known = {provider.name for provider in PROVIDERS}
     rows = [row for row in rows if row.result.provider in known]
-    cases = list(dict.fromkeys(row.result.case for row in rows))
+    cases = list(dict.fromkeys(row.result.case for row in rows))[:most]
+    if not cases:
+        return False
     names = [p.name for p in PROVIDERS if any(row.result.provider == p.name for row in rows)]
     width = max(9.0, 0.5 * len(names) * len(cases) * 0.75)
     figure, panels = plt.subplots(2, 1, figsize=(width, 7.6), sharex=True, layout="constrained")
-    for panel, title, field in zip(
-        panels,
-        ("forward + backward", "forward"),
-        ("total_speedup", "forward_speedup"),
-        strict=True,
-    ):
+    fields = {"forward + backward": "total_speedup", "forward": "forward_speedup"}
+    for panel, (title, field) in zip(panels, fields.items(), strict=True):
         _panel(panel, rows, cases, names, field)
         panel.set_title(title, loc="left", fontsize=11)
     panels[1].set_xticks(range(len(cases)), [_tick_label(case) for case in cases])
@@ -293,6 +197,7 @@ def draw(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True
 
 
 def _tick_label(case: Case) -> str:

@@ -8,19 +8,20 @@ with costs in the units of `prefix_attn.backends.schedule`.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from bench import tables
 from prefix_attn import PrefixLayout
 from prefix_attn.backends.schedule import (
-    Forest,
     KeyTiles,
     QueryTiles,
     backward_order,
     balanced_key_tiles,
 )
+from prefix_attn.forest import Forest
 from prefix_attn.kernels.config import select_config
 
 PROCESSORS = 132
@@ -60,88 +61,60 @@ def efficiency(costs: np.ndarray, heads: int, slots: int, section: int | None = 
     return float(costs.sum()) * heads / slots / max(free)
 
 
-@dataclass(frozen=True)
-class Modelled:
-    """Efficiencies of one shape.
+def modelled(prefix: int, suffix: int, members: int) -> tuple[list[float], float]:
+    """Simulates a group of equal members.
 
-    Attributes:
-        forward: with one program per multiprocessor, and with two, which are modelled as twice as
-            many slower multiprocessors.
-        backward: of the launch for dQ, dK and dV.
-        keys: of dK and dV alone.
-        unsplit: of dK and dV alone without splitting long key tiles.
-        slots: partial sums of split tiles.
-        workspace: of the partial sums in MiB.
+    Returns:
+        Efficiencies as in `HEADER`, where two programs per multiprocessor are modelled as twice as
+        many slower multiprocessors, and MiB of partial sums.
     """
+    group = HEADS_Q // HEADS_KV
+    layout = PrefixLayout.from_lengths([prefix], [[suffix] * members])
+    forest = Forest.from_segments(layout.segments.numpy())
+    forward = QueryTiles.from_forest(forest, *FORWARD_TILE)
+    queries = QueryTiles.from_forest(forest, *QUERY_TILE)
+    whole = KeyTiles.from_forest(forest, *KEY_TILE)
+    keys = balanced_key_tiles(forest, *KEY_TILE, heads=HEADS_KV, group=group, processors=PROCESSORS)
+    _, backward = backward_order(keys, queries, CONFIG.keys.area, CONFIG.queries.area, group)
+    head_bytes = layout.num_tokens * 2 * HEAD_DIM * 2  # K and V of a head in bfloat16
+    query_heads = group * CONFIG.heads_per_section(HEADS_KV, head_bytes)
+    kv_heads = CONFIG.heads_per_section(HEADS_KV, head_bytes * (1 + group))
+    efficiencies = [
+        *(efficiency(forward.costs, HEADS_Q, n * PROCESSORS, query_heads) for n in (1, 2)),
+        *(
+            efficiency(x, HEADS_KV, PROCESSORS, kv_heads)
+            for x in (backward, keys.costs, whole.costs)
+        ),
+    ]
+    # Two float32 partial sums, of dK and of dV, per slot and KV head.
+    return efficiencies, keys.num_slots * KEY_TILE[1] * HEAD_DIM * 2 * 4 * HEADS_KV / 2**20
 
-    forward: tuple[float, float]
-    backward: float
-    keys: float
-    unsplit: float
-    slots: int
-    workspace: float
 
-    @classmethod
-    def from_shape(cls, prefix: int, suffix: int, members: int) -> Modelled:
-        """Simulates a group of equal members."""
-        group = HEADS_Q // HEADS_KV
-        layout = PrefixLayout.from_lengths([prefix], [[suffix] * members])
-        forest = Forest.from_segments(layout.segments.numpy())
-        forward = QueryTiles.from_forest(forest, *FORWARD_TILE)
-        queries = QueryTiles.from_forest(forest, *QUERY_TILE)
-        whole = KeyTiles.from_forest(forest, *KEY_TILE)
-        keys = balanced_key_tiles(
-            forest, *KEY_TILE, heads=HEADS_KV, group=group, processors=PROCESSORS
-        )
-        _, backward = backward_order(keys, queries, CONFIG.keys.area, CONFIG.queries.area, group)
-        head_bytes = layout.num_tokens * 2 * HEAD_DIM * 2  # K and V of a head in bfloat16
-        kv_heads = CONFIG.heads_per_section(HEADS_KV, head_bytes)
-        backward_heads = CONFIG.heads_per_section(HEADS_KV, head_bytes * (1 + group))
-        return cls(
-            forward=(
-                efficiency(forward.costs, HEADS_Q, PROCESSORS, kv_heads * group),
-                efficiency(forward.costs, HEADS_Q, 2 * PROCESSORS, kv_heads * group),
-            ),
-            backward=efficiency(backward, HEADS_KV, PROCESSORS, backward_heads),
-            keys=efficiency(keys.costs, HEADS_KV, PROCESSORS, backward_heads),
-            unsplit=efficiency(whole.costs, HEADS_KV, PROCESSORS, backward_heads),
-            slots=keys.num_slots,
-            # Two float32 partial sums, of dK and of dV, per slot and KV head.
-            workspace=keys.num_slots * KEY_TILE[1] * HEAD_DIM * 2 * 4 * HEADS_KV / 2**20,
-        )
+HEADER = (
+    "P", "S", "G", "forward, 1 program", "forward, 2 programs", "backward", "dK, dV alone",
+    "dK, dV unsplit", "workspace MiB",
+)  # fmt: skip
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """One row per shape."""
+    for shape in SHAPES:
+        efficiencies, workspace = modelled(*shape)
+        yield (*map(str, shape), *(f"{e:.3f}" for e in efficiencies), f"{workspace:.0f}")
 
 
 def markdown() -> str:
     """The table of the documentation."""
-    lines = [
-        "| P | S | G | forward, 1 program | forward, 2 programs | backward | dK, dV unsplit "
-        "| workspace MiB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for shape in SHAPES:
-        x = Modelled.from_shape(*shape)
-        efficiencies = (*x.forward, x.backward, x.unsplit)
-        cells = [*map(str, shape), *(f"{e:.3f}" for e in efficiencies), f"{x.workspace:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return tables.markdown(HEADER, rows(), "r" * len(HEADER))
 
 
 def main() -> None:
-    """Prints one line per shape."""
+    """Prints the same as text."""
     print(
         f"even time / makespan on {PROCESSORS} multiprocessors, {HEADS_Q}/{HEADS_KV} heads, "
         f"D {HEAD_DIM};\nforward with 1 and with 2 programs per multiprocessor, backward with 1\n"
     )
-    print(
-        f"{'P':>6} {'S':>5} {'G':>3}  {'forward 1':>9} {'forward 2':>9} {'backward':>9}  "
-        f"{'dK/dV alone':>11} {'unsplit':>8}  {'slots':>5} {'MiB':>6}"
-    )
-    for prefix, suffix, members in SHAPES:
-        x = Modelled.from_shape(prefix, suffix, members)
-        print(
-            f"{prefix:6} {suffix:5} {members:3}  {x.forward[0]:9.3f} {x.forward[1]:9.3f} "
-            f"{x.backward:9.3f}  {x.keys:11.3f} {x.unsplit:8.3f}  {x.slots:5} {x.workspace:6.1f}"
-        )
+    print(tables.text([HEADER, *rows()], "r" * len(HEADER)))
 
 
 if __name__ == "__main__":

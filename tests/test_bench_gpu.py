@@ -16,13 +16,16 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench import gpu, gpu_checks, gpu_report, gpu_tune, gpu_units, measure, providers, report
+from bench import __main__ as bench_main
+from bench import cases, facts, measure, providers
 from bench.cases import Case
-from bench.gpu import RECORDS, Records, read
-from bench.gpu_checks import UnsupportedError
-from bench.gpu_units import Session, Unit, WrongResultError
-from bench.measure import Clock
+from bench.gpu import __main__ as gpu
+from bench.gpu import checks, report, tune, units
+from bench.gpu.__main__ import RECORDS, Records, read
+from bench.gpu.units import Session, Unit
+from bench.measure import UnsupportedError, WrongResultError
 from bench.providers import MODES, PROVIDERS, Provider
+from prefix_attn.timing import Clock
 
 ROOT = Path(__file__).parents[1]
 # Stand-ins for packages that only GPUs have: repeated attention as their users call it.
@@ -101,10 +104,9 @@ def test_sweep_times_candidates(tmp_path):
 SCRIPT = """
 import os, sys, time
 import torch
-from bench import gpu
-from bench.gpu_units import Session, Unit, WrongResultError
-from bench.measure import Clock
-from bench.providers import MODES, PROVIDERS, Provider
+from bench.gpu import __main__ as gpu
+from bench.gpu.units import Unit
+from bench.measure import WrongResultError
 
 def fail(error):
     raise error
@@ -186,7 +188,7 @@ def test_units_are_finished_when_done_on_the_same_device_and_commit(tmp_path):
     [
         (UnsupportedError("too large"), "unsupported", "too large"),
         (WrongResultError("dq"), "wrong", "dq"),
-        (AssertionError("dq"), "wrong", "dq"),
+        (AssertionError("dq"), "failed", "AssertionError: dq"),
         (torch.OutOfMemoryError("full"), "failed", "out of memory: full"),
         (RuntimeError("boom\nmore"), "failed", "RuntimeError: boom"),
     ],
@@ -199,32 +201,32 @@ def test_errors_of_a_unit_are_named(error, status, reason):
 
 
 def test_most_telling_cases_come_first_and_all_are_there():
-    cases = gpu_units.cases(dry=False)
-    assert len(cases) == len(set(cases))
-    assert (cases[0].prefix, cases[0].head_dim, cases[0].heads_kv) == (2048, 128, 8)
-    assert {(c.head_dim, c.heads_kv) for c in cases} == {(64, 8), (64, 32), (128, 8), (128, 32)}
-    assert {(c.prefix, c.suffix, c.group) for c in cases} >= {
+    found = units.cases(dry=False)
+    assert len(found) == len(set(found))
+    assert (found[0].prefix, found[0].head_dim, found[0].heads_kv) == (2048, 128, 8)
+    assert {(c.head_dim, c.heads_kv) for c in found} == {(64, 8), (64, 32), (128, 8), (128, 32)}
+    assert {(c.prefix, c.suffix, c.group) for c in found} >= {
         (p, s, g) for p in (512, 2048, 8192, 32768) for s in (128, 512, 2048) for g in (4, 16, 64)
     }
 
 
-@pytest.mark.parametrize("tuned", gpu_tune.tuning.TUNED)
+@pytest.mark.parametrize("tuned", tune.tuning.TUNED)
 def test_candidates_begin_with_the_present_configuration_and_launch_something_else(tuned):
-    present = gpu_tune.select_config(90, 128, torch.bfloat16, 132)
-    found = gpu_tune.candidates(tuned, present, descriptors=True)
+    present = tune.select_config(90, 128, torch.bfloat16, 132)
+    found = tune.candidates(tuned, present, descriptors=True)
     assert found[0] == present
-    labels = {gpu_tune.label(tuned, config) for config in found}
+    labels = {tune.label(tuned, config) for config in found}
     assert len(found) == len(labels) >= 8
     if tuned == "forward":
         assert {config.forward_descriptors for config in found} == {True, False}
-    if tuned == gpu_tune.FUSED:  # what the backward launches where the order is free
+    if tuned == tune.FUSED:  # what the backward launches where the order is free
         launched = {config.keys_for(fused=True, bent_window=False) for config in found}
         assert len(launched) == len(found)
 
 
 def _sweep_row(kernel, mode, block_m, ms):
-    present = gpu_tune.select_config(90, 128, torch.bfloat16, 132)
-    tile = gpu_tune.Tile(block_m, 128)
+    present = tune.select_config(90, 128, torch.bfloat16, 132)
+    tile = tune.Tile(block_m, 128)
     config = replace(present, keys=tile, fused=tile)
     return {
         "kernel": kernel,
@@ -232,72 +234,43 @@ def _sweep_row(kernel, mode, block_m, ms):
         "ms": ms,
         "case": {"dtype": "bfloat16", "head_dim": 128},
         "capability": 90,
-        "tiles": gpu_tune.asdict(config),
+        "tiles": tune.asdict(config),
     }
 
 
 def test_tiles_are_kept_from_modes_that_compute_the_same_only(tmp_path):
     plain = _sweep_row("backward", "prefix_attn", 64, 2.0)
     window = _sweep_row("backward", "prefix_attn window 1024", 16, 0.5)
-    fused = _sweep_row(gpu_tune.FUSED, "prefix_attn deterministic=False", 32, 1.0)
+    fused = _sweep_row(tune.FUSED, "prefix_attn deterministic=False", 32, 1.0)
     latest = [{"key": "tune/x", "rows": [row]} for row in (window, plain, fused)]
     path = tmp_path / "tiles.json"
-    assert gpu_report._keep_tiles(latest, path) == ["tiles.json"]
+    assert report._keep_tiles(latest, path) == ["tiles.json"]
     (entry,) = json.loads(path.read_text()).values()
     assert (entry["keys"]["block_m"], entry["fused"]["block_m"]) == (64, 32)
 
 
 def test_baseline_of_a_sweep_is_kept_only_if_the_present_configuration_ran(monkeypatch):
     session = Session(torch.device("cpu"), dry=True, clock=Clock(torch.device("cpu")))
-    present = gpu_tune.select_config(90, 16, torch.float32, 132)
+    present = tune.select_config(90, 16, torch.float32, 132)
     ours = next(p for p in PROVIDERS if p.name == "prefix_attn")
 
     def fail(*arguments):
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(gpu_tune, "warm_up", fail)
-    case = Case.from_text(gpu_tune.DRY_CASE, "float32")
+    monkeypatch.setattr(tune, "warm_up", fail)
+    case = Case.from_text(tune.DRY_CASE, "float32")
     with pytest.raises(RuntimeError, match="out of resources"):
-        gpu_tune.time_candidate(session, "forward", case, ours, present, present)
+        tune.time_candidate(session, "forward", case, ours, present, present)
     assert session.baseline_case != case
-
-
-class FakeEvent:
-    """An event of a device whose clock advances by 2 ms at each record."""
-
-    now = 0.0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        FakeEvent.now += 2.0
-        self.at = FakeEvent.now
-
-    def elapsed_time(self, other):
-        return other.at - self.at
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """A CUDA device of which only events and memory counters are asked; tensors stay on the CPU."""
+    """A CUDA device of which only memory counters are asked; tensors stay on the CPU."""
     calls = []
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, n=name, **__: calls.append(n))
     return calls
-
-
-def test_clock_reads_events_on_a_gpu(fake_cuda):
-    clock = Clock(torch.device("cpu"))
-    clock.is_cuda, clock.flush = True, torch.ones(4)
-    inputs = providers.Inputs.random(Case.from_text("6,4,2,2,1,16", "float32"), "cpu", seed=0)
-    prepared = providers._prepare_repeated(inputs)
-    assert clock(prepared, backward=True) == pytest.approx((2e-3, 4e-3))
-    assert clock(prepared, backward=False) == (pytest.approx(2e-3), None)
-    assert clock.seconds(lambda: None) == pytest.approx(2e-3)
-    assert not clock.flush.any()
-    assert fake_cuda.count("synchronize") == 3
 
 
 def test_peak_memory_on_a_gpu_is_what_comes_on_top(fake_cuda, monkeypatch):
@@ -316,12 +289,12 @@ def test_case_that_does_not_fit_says_what_it_would_need(monkeypatch):
     device = torch.device("cuda")
     provider = next(p for p in PROVIDERS if p.name == "repeated SDPA flash")
     case = Case.from_text("32768,2048,64,32,32,128", "bfloat16")
-    needed = gpu_units.bytes_needed(case, provider)
+    needed = units.bytes_needed(case, provider)
     for total, fits in ((80 << 30, False), (4 * needed, True)):
         properties = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, x=properties: x)
         said = None if fits else f"would need {needed / 2**30:.0f} GiB of 80"
-        assert gpu_units.too_large(case, provider, device) == said
+        assert units.too_large(case, provider, device) == said
 
 
 @pytest.fixture
@@ -341,11 +314,11 @@ def test_sweep_on_hopper_tries_loads_by_descriptor(fake_hopper):
         (["--kernel", "forward", "--case", "6,4,2,2,1,80"], set()),
         (["--kernel", "backward", "--mode", "deterministic=False"], set()),
     ):
-        units = gpu_tune.units(session, gpu.parse(arguments))
-        assert len({unit.key for unit in units}) == len(units) >= 8
-        assert {"TMA" for unit in units if unit.key.endswith("TMA")} == words
+        found = tune.units(session, gpu.parse(arguments))
+        assert len({unit.key for unit in found}) == len(found) >= 8
+        assert {"TMA" for unit in found if unit.key.endswith("TMA")} == words
     with pytest.raises(SystemExit, match="no tile of its own to sweep here"):
-        gpu_tune.units(session, gpu.parse([*arguments, "--case", "6,4,2,2,1,80"]))
+        tune.units(session, gpu.parse([*arguments, "--case", "6,4,2,2,1,80"]))
 
 
 def test_facts_of_a_gpu_name_it_and_its_driver(fake_hopper, tmp_path, monkeypatch):
@@ -353,10 +326,10 @@ def test_facts_of_a_gpu_name_it_and_its_driver(fake_hopper, tmp_path, monkeypatc
     tool.write_text("#!/bin/sh\necho 590.48\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    facts = report.environment.__wrapped__(fake_hopper)
-    assert (facts["device"], facts["driver"]) == ("Hopper", "590.48")
+    found = facts.environment.__wrapped__(fake_hopper)
+    assert (found["device"], found["driver"]) == ("Hopper", "590.48")
     monkeypatch.setenv("PATH", "")
-    assert report._driver() == "unknown"
+    assert facts._driver() == "unknown"
 
 
 def test_late_stream_is_another_one_that_waits_and_is_waited_for(monkeypatch):
@@ -379,7 +352,7 @@ def test_late_stream_is_another_one_that_waits_and_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("default"))
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(2, 2))
-    with gpu_checks._late_stream(torch.device("cuda")):
+    with checks._late_stream(torch.device("cuda")):
         events.append("work")
     assert events == ["late waits for default", "in late", "work", "default waits for late"]
 
@@ -400,17 +373,17 @@ def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):
 def test_two_calls_match_repeating(group):
     """Prefix Grouper's stand-in, with the mask that it has on a GPU."""
     case = replace(Case.from_text("6,4,2,2,1,16", "float32"), heads_kv=2 // group)
-    inputs = providers.Inputs.random(case, torch.device("cpu"), seed=0)
-    on_gpu = SimpleNamespace(case=case, q=SimpleNamespace(is_cuda=True))
+    problem = providers.Problem.random(case, torch.device("cpu"), seed=0)
+    on_gpu = SimpleNamespace(case=case, inputs=SimpleNamespace(q=SimpleNamespace(is_cuda=True)))
     bias = providers._suffix_mask(on_gpu)
-    dense = providers._suffix_mask(inputs)
+    dense = providers._suffix_mask(problem)
     q, k = torch.randn(1, 2, case.suffix, 16), torch.randn(1, 2, case.sequence, 16)
     torch.testing.assert_close(
         F.scaled_dot_product_attention(q, k, k, attn_mask=bias),
         F.scaled_dot_product_attention(q, k, k, attn_mask=dense),
     )
-    two, repeated = providers._prepare_two_calls(inputs), providers._prepare_repeated(inputs)
-    actual, expected = (measure.packed_tensors(x, True) for x in (two, repeated))
+    two, repeated = providers._prepare_two_calls(problem), providers._prepare_repeated(problem)
+    actual, expected = two.results(), repeated.results()
     for name, exact in expected.items():
         torch.testing.assert_close(actual[name], exact, rtol=1e-5, atol=1e-5)
 
@@ -435,13 +408,13 @@ def test_bench_starts_without_tqdm_and_matplotlib(tmp_path):
 
 
 def test_report_without_records_says_so(tmp_path, capsys):
-    assert gpu_report.write(tmp_path, []) == 1
+    assert report.write(tmp_path, []) == 1
     assert "no records" in capsys.readouterr().out
 
 
 CPU = torch.device("cpu")
 CASE = Case(9, 5, 3, 4, 2, 16, dtype="float32")
-# Where dense PyTorch is the budget, as on a GPU.
+# In 16 bits, as on a GPU.
 HALF = replace(CASE, dtype="bfloat16")
 OURS = next(p for p in PROVIDERS if p.name == "prefix_attn")
 SDPA = next(p for p in PROVIDERS if p.name == "repeated SDPA")
@@ -454,7 +427,7 @@ def session(**more):
 def failing(name, error):
     """A baseline that says that it takes a case and then does not."""
 
-    def prepare(inputs):
+    def prepare(problem):
         raise error
 
     return Provider(name, lambda *_: None, prepare, is_baseline=True)
@@ -463,96 +436,126 @@ def failing(name, error):
 def changed(provider, name, change):
     """The same provider with another output."""
 
-    def prepare(inputs):
-        prepared = provider.prepare(inputs)
+    def prepare(problem):
+        prepared = provider.prepare(problem)
         return replace(prepared, forward=lambda: change(prepared.forward()))
 
     return replace(provider, name=name, prepare=prepare)
 
 
+def passed(run, name):
+    """Lets a provider of this name time CASE unchecked."""
+    run.passed[name, 4, 2, 16, "float32"] = measure.Gated(CASE, {})
+
+
+def test_small_benchmark_times_what_is_right_and_names_what_is_not(tmp_path, monkeypatch, capsys):
+    wrong = changed(OURS, "wrong", lambda out: out * 1.001)
+    other = failing("other", RuntimeError("No available kernel"))
+    monkeypatch.setattr(measure, "PROVIDERS", (SDPA, other, OURS, wrong))
+    arguments = ["--case", "48,16,3,4,2,16", "--rounds", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path)])
+    assert bench_main.main() == 1
+    printed = capsys.readouterr()
+    assert "WRONG, not timed: P48 S16 G3 4/2 D16: wrong against float64: out" in printed.err
+    assert "other skipped: No available kernel" in printed.out
+    ours, baseline = (
+        next(row for row in csv.DictReader((tmp_path / "bench.csv").open()) if row["provider"] == x)
+        for x in ("prefix_attn", "repeated SDPA")
+    )
+    assert (ours["compared"], baseline["compared"], ours["rounds"]) == ("True", "False", "3")
+    assert float(baseline["total_speedup"]) == 1.0
+    assert float(ours["total_speedup"]) == pytest.approx(
+        float(baseline["total_ms"]) / float(ours["total_ms"]), rel=1e-4
+    )
+    assert all(0 < float(ours[f"error_{name}"]) < 1e-5 for name in ("out", "dq", "dk", "dv"))
+    assert "wrong" not in (tmp_path / "bench.csv").read_text()
+
+
 @pytest.mark.parametrize("mode", [MODES[0], *MODES[2:]], ids=lambda mode: mode.name)
 def test_modes_are_held_against_float64(mode):
     mode = next(m for m in providers.modes(4) if m.name.split()[1] == mode.name.split()[1])
-    (row,) = gpu_units.time_provider(session(), HALF, mode)
+    (row,) = units.time_provider(session(), HALF, mode)
     assert set(row["errors"]) == {"out", "dq", "dk", "dv"}
     assert row["compared"] == row["same"] == (not mode.changes)
     assert row["gate_case"]["prefix"] == CASE.prefix
     wrong = changed(mode, f"{mode.name} wrong", lambda out: out * 1.1)
-    with pytest.raises((WrongResultError, AssertionError), match="error"):
-        gpu_units.time_provider(session(), HALF, wrong)
+    with pytest.raises(WrongResultError, match="against float64: out"):
+        units.time_provider(session(), HALF, wrong)
 
 
 def test_mode_that_does_another_thing_than_it_says_is_wrong():
     window = next(m for m in providers.modes(4) if "window" in m.name)
-    with pytest.raises(AssertionError, match="out: error"):
-        gpu_units.time_provider(session(), HALF, replace(window, prepare=OURS.prepare))
+    with pytest.raises(WrongResultError, match="against float64: out"):
+        units.time_provider(session(), HALF, replace(window, prepare=OURS.prepare))
 
 
 def test_gate_keeps_the_window_and_stays_small():
-    for case in gpu_units.cases(dry=False):
-        small = gpu_checks.narrow(case)
-        assert small.tokens <= gpu_checks.GATE_TOKENS
+    for case in units.cases(dry=False):
+        small = case.narrow()
+        assert small.tokens <= cases.GATE_TOKENS
         assert small.heads_q // small.heads_kv == case.heads_q // case.heads_kv
-    first = gpu_checks.narrow(gpu_units.cases(dry=False)[0])
+        assert case.shrunk().sequence <= cases.GATE_SEQUENCE
+        assert case.shrunk().group <= cases.GATE_MEMBERS
+    first = units.cases(dry=False)[0].narrow()
     assert first.sequence > MODES[2].changes["window_size"]
 
 
-def test_next_baseline_is_the_budget_where_the_first_does_not_run(monkeypatch):
+def test_next_baseline_is_taken_where_the_first_does_not_run(monkeypatch):
     broken = failing("repeated SDPA cuDNN", RuntimeError("No available kernel"))
-    monkeypatch.setattr(gpu_units, "PROVIDERS", [broken, SDPA, OURS])
+    monkeypatch.setattr(units, "PROVIDERS", [broken, SDPA, OURS])
     run = session()
-    (row,) = gpu_units.time_provider(run, HALF, OURS)
+    (row,) = units.time_provider(run, HALF, OURS)
     assert row["errors"]
     assert row["compared"]
     with pytest.raises(UnsupportedError, match="No available kernel"):
-        gpu_units.time_provider(run, HALF, broken)
-    monkeypatch.setattr(gpu_units, "PROVIDERS", [broken, OURS])
-    (row,) = gpu_units.time_provider(session(), HALF, OURS)
+        units.time_provider(run, HALF, broken)
+    monkeypatch.setattr(units, "PROVIDERS", [broken, OURS])
+    (row,) = units.time_provider(session(), HALF, OURS)
     assert row["errors"]
     assert not row["compared"]
 
 
 def test_baseline_is_computed_where_no_unit_left_it():
     run = session()
-    (row,) = gpu_units.time_provider(run, CASE, OURS)
+    (row,) = units.time_provider(run, CASE, OURS)
     assert row["compared"]
     wrong = changed(OURS, "other", lambda out: out * 1.01)
-    run.passed["other", 4, 2, 16, "float32"] = gpu_units.Gated(CASE, {})
+    passed(run, "other")
     with pytest.raises(WrongResultError, match="at full size: out differs"):
-        gpu_units.time_provider(run, CASE, wrong)
+        units.time_provider(run, CASE, wrong)
 
 
 def test_missing_baseline_is_recorded_and_nan_is_wrong():
     late = session(deadline=0.0)
-    (row,) = gpu_units.time_provider(late, CASE, OURS)
+    (row,) = units.time_provider(late, CASE, OURS)
     assert not row["compared"]
-    (row,) = gpu_units.time_provider(late, CASE, SDPA)
+    (row,) = units.time_provider(late, CASE, SDPA)
     assert not row["compared"]
-    (row,) = gpu_units.time_provider(late, CASE, OURS)
+    (row,) = units.time_provider(late, CASE, OURS)
     assert row["compared"]
     late = session(deadline=0.0)
-    late.passed["nan", 4, 2, 16, "float32"] = gpu_units.Gated(CASE, {})
+    passed(late, "nan")
     wrong = changed(OURS, "nan", lambda out: out * float("nan"))
     with pytest.raises(WrongResultError, match="out is not finite"):
-        gpu_units.time_provider(late, CASE, wrong)
+        units.time_provider(late, CASE, wrong)
 
 
 def test_gluon_checks_are_unsupported_where_it_says_why_not():
-    every = [check for group in gpu_checks.checks() for check in group]
+    every = [check for group in checks.checks() for check in group]
     assert len({check.label for check in every}) == len(every)
     gluon = [check for check in every if check.gluon]
     assert {(c.head_dim, c.layout) for c in gluon if c.dtype == "bfloat16"} >= {
         (d, layout) for d in (64, 128) for layout in ("groups", "tree", "split")
     }
     with pytest.raises(UnsupportedError, match=r"9\.0|Gluon"):
-        gpu_checks.run(gluon[0], gpu_checks.TINY, CPU)
+        checks.run(gluon[0], checks.TINY, CPU)
 
 
 def test_core_and_the_modes_that_pay_come_within_the_time():
-    planned = gpu_units.units(Session(torch.device("cuda"), dry=False, clock=None))
+    planned = units.units(Session(torch.device("cuda"), dry=False, clock=None))
     keys = [unit.key for unit in planned]
     assert len(set(keys)) == len(keys)
-    core = gpu_units.cases(dry=False)[:7]
+    core = units.cases(dry=False)[:7]
     last = max(i for i, key in enumerate(keys) if key.startswith(f"time/{core[-1].label}/"))
     modes = [keys.index(f"time/{core[0].label}/{mode.name}") for mode in MODES]
     second = keys.index(f"time/{core[1].label}/{PROVIDERS[0].name}")
@@ -575,7 +578,7 @@ def test_table_holds_what_a_run_that_goes_on_skips(tmp_path):
     Records(tmp_path, FACTS | {"commit": "b"}, "one").append("ceiling/y", "done", rows=[])
     later = Records(tmp_path, FACTS | {"python": "3.12"}, "two")
     later.append("ceiling/z", "done", rows=[])
-    assert later.finished() == set(gpu_report._latest(read(later.path)))
+    assert later.finished() == set(report._latest(read(later.path)))
     assert later.finished() == {"ceiling/x", "ceiling/z"}
 
 
@@ -584,23 +587,23 @@ def test_commit_names_what_was_edited(tmp_path):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
-    for folder in report.MEASURED:
+    for folder in facts.MEASURED:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("a\n")
-    copy = report._commit(tmp_path)
+    copy = facts._commit(tmp_path)
     assert copy.startswith("content-")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "a")
-    clean = report._commit(tmp_path)
+    clean = facts._commit(tmp_path)
     assert len(clean) == 12
     found = {copy, clean}
     for text in ("b\n", "c\n"):
         (tmp_path / "kernels" / "a.py").write_text(text)
-        commit = report._commit(tmp_path)
+        commit = facts._commit(tmp_path)
         assert commit.startswith(f"{clean}-dirty-")
         found.add(commit)
     assert len(found) == 4
     inner = tmp_path / "copy"
     inner.mkdir()
-    assert report._commit(inner).startswith("content-")
+    assert facts._commit(inner).startswith("content-")

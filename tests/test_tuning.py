@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import gpu_tune
+from bench.gpu import tune
 from prefix_attn.backends import tuning
 from prefix_attn.kernels.config import INTERPRETER, Config, Tile, select_config
 
@@ -18,15 +18,15 @@ def _row(ms: float, config: Config) -> dict:
     case = {"dtype": "bfloat16", "head_dim": 128}
     return {
         "ms": ms, "kernel": "backward", "case": case, "capability": 90,
-        "tiles": gpu_tune.asdict(config),
+        "tiles": tune.asdict(config),
     }  # fmt: skip
 
 
 def test_best_candidate_of_a_sweep_is_applied(tmp_path):
     path = tmp_path / "tiles.json"
     present = select_config(90, 128, torch.bfloat16, 132)
-    better = gpu_tune.replace(present, keys=Tile(32, 128, 2), backward_warps=4)
-    gpu_tune.keep_best(path, [_row(2.0, present), _row(1.0, better)])
+    better = tune.replace(present, keys=Tile(32, 128, 2), backward_warps=4)
+    tune.keep_best(path, [_row(2.0, present), _row(1.0, better)])
     tuning.store(path, "sm_80 float16 64 64", "forward", INTERPRETER)
     tuned = tuning.apply(str(path), KEY, present)
     assert tuned == better

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,25 +33,16 @@ from bench.machine_code.programs import HEADS, KV_HEADS, OPTIONS, Program
 ROOT = Path(__file__).parents[2]
 
 
-class _StandInDriver:
+def _stand_in_driver(capability: int) -> Any:
     """Tells Triton which GPU to compile for; there is none to launch on."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        """The architecture."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Any device has the same architecture."""
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        """Nothing runs on it."""
-        return 0
+    target = GPUTarget("cuda", capability, 32)
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: capability,  # any device has the same architecture
+        get_current_stream=lambda device: 0,
+    )
 
 
 class _StandInKernel:
@@ -107,7 +99,7 @@ def _launch(program: Program) -> Any:
     if "sinks" in arguments:
         arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
     torch.backends.cuda.matmul.allow_tf32 = program.dtype == "tf32"
-    triton.runtime.driver.set_active(_StandInDriver(program.capability))
+    triton.runtime.driver.set_active(_stand_in_driver(program.capability))
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
             stack.enter_context(mock.patch.object(owner, name, stand_in))

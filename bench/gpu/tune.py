@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from bench.cases import DTYPES, TIMED_DTYPES, Case
-from bench.gpu_units import Session, Unit, WrongResultError, sample
-from bench.measure import disagreement, pass_times, warm_up
-from bench.providers import MODES, OURS, PROVIDERS, Inputs, Provider
+from bench.gpu.units import Session, Unit, sample
+from bench.measure import require_agreement, warm_up
+from bench.providers import MODES, OURS, PROVIDERS, Problem, Provider
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.backends import tuning
 from prefix_attn.kernels.config import Config, Tile, select_config
+from prefix_attn.timing import Quantiles
 
 FUSED = "fused backward"  # what a backward sweep tunes where the order of sums is free
 CASE = "8192,512,16,32,8,128"
@@ -108,24 +110,17 @@ def label(tuned: str, config: Config) -> str:
     values = [getattr(config, name) for name in tuning.TUNED[tuned]]
     tiles = [x for x in values if isinstance(x, Tile)]
     warps = config.forward_warps if tuned == "forward" else config.backward_warps
-    text = " + ".join(f"{x.block_m}x{x.block_n} s{x.num_stages}" for x in tiles)
     tma = " TMA" if tuned == "forward" and config.forward_descriptors else ""
-    return f"{text} w{warps}{tma}"
+    return f"{' + '.join(map(str, tiles))} w{warps}{tma}"
 
 
 def units(session: Session, options: argparse.Namespace) -> list[Unit]:
     """One unit per candidate."""
     case: Case = options.tuned_case
+    capability, processors = _capability(session.device) or 90, 132
     if session.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(session.device)
-        present = select_config(
-            properties.major * 10 + properties.minor,
-            case.head_dim,
-            DTYPES[case.dtype],
-            properties.multi_processor_count,
-        )
-    else:
-        present = select_config(90, case.head_dim, DTYPES[case.dtype], 132)
+        processors = torch.cuda.get_device_properties(session.device).multi_processor_count
+    present = select_config(capability, case.head_dim, DTYPES[case.dtype], processors)
     ours = next(p for p in PROVIDERS if p.name == OURS)
     provider = _modes()[options.mode] if options.mode else ours
     tuned: str = options.tuned
@@ -171,15 +166,13 @@ def is_kept(row: dict[str, Any]) -> bool:
     return row["mode"] == OURS or row["kernel"] == FUSED
 
 
-@contextmanager
-def using(config: Config) -> Iterator[None]:
+def using(config: Config) -> AbstractContextManager[Any]:
     """Launches with a configuration, whatever the device is."""
-    before = triton_backend.config_for
-    triton_backend.config_for = lambda *_, **__: config
-    try:
-        yield
-    finally:
-        triton_backend.config_for = before
+
+    def config_for(q: Tensor, v: Tensor) -> Config:
+        return config
+
+    return mock.patch.object(triton_backend, "config_for", config_for)
 
 
 def time_candidate(
@@ -195,20 +188,18 @@ def time_candidate(
     Raises:
         WrongResultError: if it does not.
     """
-    prepared = provider.prepare(Inputs.random(case, session.device, seed=0))
+    prepared = provider.prepare(Problem.random(case, session.device, seed=0))
     if session.baseline_case != case:
-        baseline: dict[str, torch.Tensor] = {}
         with using(present):
-            warm_up(prepared, True, session.device, baseline)
-        session.baseline_case, session.baseline = case, baseline
-    tensors: dict[str, torch.Tensor] = {}
+            _, session.baseline = warm_up(prepared, session.device)
+        session.baseline_case = case
     with using(config):
-        warm_up(prepared, True, session.device, tensors)
-        if wrong := disagreement(tensors, session.baseline, case):
-            raise WrongResultError(f"against the present configuration: {wrong}")
-        times = pass_times(*sample(session, prepared, True))
+        _, results = warm_up(prepared, session.device)
+        require_agreement(results, session.baseline, case)
+        laps = sample(session, prepared)
     kernel = "forward" if tuned == "forward" else "backward"
-    own = times[kernel]
+    seconds = [x[0] if kernel == "forward" else x[1] - x[0] for x in laps]
+    own = Quantiles.from_seconds(seconds)
     flops = case.flops(provider.pairs(case)) * (1.0 if kernel == "forward" else 2.5)
     return [
         {

@@ -16,18 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import gpu_tune, providers
-from bench.gpu_checks import UnsupportedError
-from bench.gpu_units import Session, Unit, WrongResultError, units
-from bench.measure import Clock
-from bench.report import environment, same_identity
+from bench import providers
+from bench.facts import environment, same_identity
+from bench.gpu import report, tune
+from bench.gpu.units import Session, Unit, units
+from bench.measure import UnsupportedError, WrongResultError
+from prefix_attn.timing import Clock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "records.jsonl"
 # A unit that runs longer is ended, and recorded as such.
 UNIT_SECONDS = 150.0
@@ -57,26 +59,18 @@ class Records:
 
     def finished(self) -> set[str]:
         """Keys that need no other run: done before, or tried in this session."""
-        keys = set()
-        for record in read(self.path):
-            same = same_identity(record["facts"], self.facts)
-            settled = record["status"] in ("done", "unsupported")
-            tried = record["session"] == self.session and record["status"] != "started"
-            if same and (settled or tried):
-                keys.add(record["key"])
-        return keys
+        same = [r for r in read(self.path) if same_identity(r["facts"], self.facts)]
+        ended = [r for r in same if r["status"] != "started"]
+        settled = ("done", "unsupported")
+        return {r["key"] for r in ended if r["session"] == self.session or r["status"] in settled}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All records; a line that a crash cut short is left out."""
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
@@ -91,7 +85,7 @@ def work(options: argparse.Namespace) -> int:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     session = Session(device, options.dry_run, Clock(device), deadline=options.deadline)
     records = Records(options.out, environment(device), options.session)
-    todo = gpu_tune.units(session, options) if options.kernel else units(session)
+    todo = tune.units(session, options) if options.kernel else units(session)
     finished = records.finished()
     left = [unit for unit in todo if unit.key not in finished]
     print(f"{len(todo) - len(left)} of {len(todo)} units are done", flush=True)
@@ -122,7 +116,7 @@ def attempt(unit: Unit) -> tuple[str, str, list[dict[str, Any]]]:
         return "done", "", unit.run()
     except UnsupportedError as error:
         return "unsupported", str(error), []
-    except (AssertionError, WrongResultError) as error:
+    except WrongResultError as error:
         return "wrong", str(error)[:1000], []
     except torch.OutOfMemoryError as error:
         return "failed", f"out of memory: {str(error).splitlines()[0][:200]}", []
@@ -232,7 +226,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="time to stop after (8.5)")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, on a CPU")
     parser.add_argument("--report", action="store_true", help="only write tables and pictures")
-    gpu_tune.add_arguments(parser)
+    tune.add_arguments(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--session", default=f"{time.time():.3f}", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -242,7 +236,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out must be a folder, {options.out} is a file")
     try:
-        gpu_tune.check_arguments(options)
+        tune.check_arguments(options)
     except ValueError as error:
         parser.error(str(error))
     options.out = options.out.resolve()
@@ -266,9 +260,7 @@ def main() -> int:
         )
         return 2
     status = 0 if options.report else supervise(options)
-    from bench import gpu_report
-
-    return max(status, gpu_report.write(options.out, read(options.out / RECORDS)))
+    return max(status, report.write(options.out, read(options.out / RECORDS)))
 
 
 if __name__ == "__main__":

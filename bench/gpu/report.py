@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_tune, report
-from bench.cases import Case
-from bench.measure import Quantiles, Result
-from bench.providers import OURS, PROVIDERS
-from bench.report import Row
+from bench import report, tables
+from bench.facts import same_identity
+from bench.gpu import tune
+from bench.measure import Result
+from bench.providers import OURS
 
 # Cases in the picture.
 DRAWN = 6
@@ -33,11 +32,10 @@ def write(folder: Path, records: list[dict[str, Any]]) -> int:
     facts = latest[-1]["facts"]
     written = []
     if timed:
-        rows = report.compare([_result(row) for row in timed])
-        report.write_csv(rows, facts, folder / "bench.csv")
-        written.append("bench.csv")
-        print(f"\n{report.table(rows)}\n")
-        written += _draw(rows, facts, folder / "bench.png")
+        results = [Result.from_json(row) for row in timed]
+        written += report.write(results, facts, folder, DRAWN)
+        if find_spec("matplotlib") is None:
+            print("`python -m bench.gpu --report --out FOLDER` draws it where matplotlib is.")
     for kind in ("check", "ceiling", "tune"):
         flat = [
             {**_flat(row), **r["facts"]}
@@ -51,7 +49,7 @@ def write(folder: Path, records: list[dict[str, Any]]) -> int:
                 print(f"{row['config']}: {row['ms']:.3f} ms, {row['tflops']:.1f} TFLOP/s")
             written += _keep_tiles(latest, folder / "tiles.json")
         if flat:
-            _write_csv(flat, folder / f"{kind}.csv")
+            tables.write_csv(flat, folder / f"{kind}.csv")
             written.append(f"{kind}.csv")
     (folder / "results.json").write_text(json.dumps({"facts": facts, "units": latest}, indent=1))
     written.append("results.json")
@@ -69,10 +67,10 @@ def _keep_tiles(latest: list[dict[str, Any]], path: Path) -> list[str]:
     sweeps: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in latest:
         for row in record["rows"] if record["key"].startswith("tune/") else []:
-            if gpu_tune.is_kept(row):
+            if tune.is_kept(row):
                 sweeps.setdefault((row["kernel"], str(row["case"])), []).append(row)
     for rows in sweeps.values():
-        gpu_tune.keep_best(path, rows)
+        tune.keep_best(path, rows)
     return [path.name] if sweeps else []
 
 
@@ -86,58 +84,11 @@ def _latest(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if not records:
         return {}
     facts = records[-1]["facts"]
-    same = [r for r in records if report.same_identity(r["facts"], facts)]
+    same = [r for r in records if same_identity(r["facts"], facts)]
     return {record["key"]: record for record in same if record["status"] != "started"}
-
-
-def _result(row: dict[str, Any]) -> Result:
-    def quantiles(name: str) -> Quantiles | None:
-        return Quantiles(**row[name]) if row[name] else None
-
-    forward = quantiles("forward")
-    assert forward is not None
-    return Result(
-        case=Case(**row["case"]),
-        provider=row["provider"],
-        is_baseline=row["is_baseline"],
-        same=row["same"],
-        pairs=row["pairs"],
-        forward=forward,
-        backward=quantiles("backward"),
-        total=quantiles("total"),
-        peak_bytes=row["peak_bytes"],
-        errors=row["errors"],
-        gate_case=Case(**row["gate_case"]),
-        rounds=row["rounds"],
-        compared=row["compared"],
-    )
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     case = row.get("case")
     rest = {name: x for name, x in row.items() if name not in ("case", "tiles")}
     return {**(case or {}), **rest}
-
-
-def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _draw(rows: list[Row], facts: dict[str, Any], path: Path) -> list[str]:
-    """Draws the first cases; says so where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(
-            "matplotlib is not installed, so there is no picture; where it is, "
-            "`python -m bench.gpu --report --out FOLDER` draws it from these files."
-        )
-        return []
-    known = {provider.name for provider in PROVIDERS}
-    drawn = list(dict.fromkeys(r.result.case for r in rows if r.result.provider in known))[:DRAWN]
-    if not drawn:
-        return []
-    report.draw([row for row in rows if row.result.case in drawn], facts, path)
-    return [path.name]
