@@ -14,7 +14,7 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl bench bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -94,6 +94,9 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench
+
+bench-small: dev ## the same on one small case, in seconds
+	$(BIN)/python -m bench --case 256,64,4,4,2,64 --rounds 3
 
 bench-full: dev ## measure the whole table
 	$(BIN)/python -m bench --full
