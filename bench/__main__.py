@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.cases import TIMED_DTYPES, Case, default_dtype, table
+from bench.cases import TIMED_DTYPES, case_from_text, default_dtype, table
 from bench.facts import environment
 from bench.measure import MIN_ROUNDS, Outcome, run_case
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out must be a folder, {options.out} is a file")
     try:
         dtype = options.dtype or default_dtype(options.device)
-        options.cases = [Case.from_text(text, dtype) for text in options.case]
+        options.cases = [case_from_text(text, dtype) for text in options.case]
     except ValueError as error:
         parser.error(f"--case: {error}")
     options.cases = options.cases or table(options.device, options.full, options.dtype)

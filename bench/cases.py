@@ -1,13 +1,13 @@
-"""The shapes that are timed, with their tokens and FLOPs."""
+"""The cases that are timed, what options leave of them, and small ones for the gate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from prefix_attn import PrefixLayout
+from prefix_attn.cases import Case
 
 # tf32: float32 whose products run on tensor cores, torch.backends.cuda.matmul.allow_tf32.
 DTYPES = {
@@ -22,123 +22,54 @@ TIMED_DTYPES = ("float16", "bfloat16", "float32")
 GATE_MEMBERS, GATE_SEQUENCE, GATE_TOKENS = 16, 640, 4096
 
 
-@dataclass(frozen=True)
-class Case:
-    """One group of equal members: `group` suffixes that continue one prefix.
+def case_from_text(text: str, dtype: str) -> Case:
+    """Reads `P,S,G,Hq,Hkv,D`.
 
-    Attributes:
-        prefix: tokens in the prefix, P.
-        suffix: tokens in each suffix, S.
-        group: members, G.
-        heads_q: query heads, Hq.
-        heads_kv: key and value heads, Hkv.
-        head_dim: D, of queries, keys and values.
-        dtype: one of `TIMED_DTYPES`.
+    Raises:
+        ValueError: if there are not six integers of at least 1, or no layout has them.
     """
+    parts = text.split(",")
+    if len(parts) != 6 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"a case must be six integers P,S,G,Hq,Hkv,D, got {text!r}")
+    numbers = [int(part) for part in parts]
+    if min(numbers) < 1:
+        raise ValueError(f"the integers of a case must be at least 1, got {text!r}")
+    prefix, suffix, group, heads_q, heads_kv, head_dim = numbers
+    return Case(prefix, suffix, group, heads_q, heads_kv, head_dim, dtype)
 
-    prefix: int
-    suffix: int
-    group: int
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    dtype: str
 
-    def __post_init__(self) -> None:
-        """Refuses shapes that no provider can run.
+def pairs(case: Case, window_size: int | None = None, prefix_causal: bool = True) -> int:
+    """Allowed (query, key) pairs under these options of `prefix_attention`."""
+    length = case.prefix + case.suffix
+    window = window_size or length
 
-        Raises:
-            ValueError: naming the field that is wrong.
-        """
-        for name in ("prefix", "suffix", "group", "heads_q", "heads_kv", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.heads_q % self.heads_kv:
-            raise ValueError(
-                f"heads_q must be a multiple of heads_kv, got {self.heads_q} and {self.heads_kv}"
-            )
-        if self.dtype not in TIMED_DTYPES:
-            names = ", ".join(TIMED_DTYPES)
-            raise ValueError(f"dtype must be one of {names}, got {self.dtype!r}")
+    def seen(rows: int) -> int:
+        """What the first rows of a sequence see: 1 + 2 + ..., at most a window each."""
+        rising = min(rows, window)
+        return rising * (rising + 1) // 2 + (rows - rising) * window
 
-    @property
-    def tokens(self) -> int:
-        """Packed tokens, P + G S."""
-        return self.prefix + self.group * self.suffix
+    ahead = 0 if prefix_causal else case.prefix * (case.prefix - 1) // 2
+    prefix = seen(case.prefix)
+    return prefix + ahead + case.group * (seen(length) - prefix)
 
-    @property
-    def sequence(self) -> int:
-        """Tokens of one member run whole, P + S."""
-        return self.prefix + self.suffix
 
-    @property
-    def pairs(self) -> int:
-        """Allowed (query, key) pairs with the prefix computed once."""
-        return self.pairs_under()
+def shrunk(case: Case) -> Case:
+    """The same group with prefix and suffix halved until float64 scores are cheap."""
+    few = replace(case, group=min(case.group, GATE_MEMBERS))
+    return _halved_until(lambda x: x.prefix + x.suffix <= GATE_SEQUENCE, few)
 
-    def pairs_under(self, window_size: int | None = None, prefix_causal: bool = True) -> int:
-        """Allowed pairs under these options of `prefix_attention`."""
-        window = window_size or self.sequence
 
-        def seen(rows: int) -> int:
-            """What the first rows of a sequence see: 1 + 2 + ..., at most a window each."""
-            rising = min(rows, window)
-            return rising * (rising + 1) // 2 + (rows - rising) * window
+def narrow(case: Case) -> Case:
+    """The case with few members and heads, so that a window or a prefix keeps its length."""
+    heads_q = case.heads_q // case.heads_kv
+    few = replace(case, group=min(case.group, 2), heads_q=heads_q, heads_kv=1)
+    return _halved_until(lambda x: x.tokens <= GATE_TOKENS, few)
 
-        ahead = 0 if prefix_causal else self.prefix * (self.prefix - 1) // 2
-        prefix = seen(self.prefix)
-        return prefix + ahead + self.group * (seen(self.sequence) - prefix)
 
-    def flops(self, pairs: int) -> float:
-        """FLOPs of a forward pass over so many pairs: 4 D Hq pairs.
-
-        Two matrix products, Q K^T and P V, each of 2 D FLOPs per query head and allowed pair. The
-        backward pass has five. Every provider is charged this useful work, whether it repeats the
-        prefix or not.
-        """
-        return 4.0 * self.head_dim * self.heads_q * pairs
-
-    @property
-    def label(self) -> str:
-        """Short name, `P2048 S256 G8 8/2 D64`."""
-        return (
-            f"P{self.prefix} S{self.suffix} G{self.group} "
-            f"{self.heads_q}/{self.heads_kv} D{self.head_dim}"
-        )
-
-    def layout(self, device: torch.device) -> PrefixLayout:
-        """Layout of the group on `device`."""
-        return PrefixLayout.from_lengths([self.prefix], [[self.suffix] * self.group], device=device)
-
-    def shrunk(self) -> Case:
-        """The same group with prefix and suffix halved until float64 scores are cheap."""
-        few = replace(self, group=min(self.group, GATE_MEMBERS))
-        return few._halved_until(lambda case: case.sequence <= GATE_SEQUENCE)
-
-    def narrow(self) -> Case:
-        """The case with few members and heads, so that a window or a prefix keeps its length."""
-        heads_q = self.heads_q // self.heads_kv
-        few = replace(self, group=min(self.group, 2), heads_q=heads_q, heads_kv=1)
-        return few._halved_until(lambda case: case.tokens <= GATE_TOKENS)
-
-    def _halved_until(self, is_small: Callable[[Case], bool]) -> Case:
-        case = self
-        while not is_small(case) and case.prefix > 1:
-            case = replace(case, prefix=case.prefix // 2, suffix=max(1, case.suffix // 2))
-        return case
-
-    @classmethod
-    def from_text(cls, text: str, dtype: str) -> Case:
-        """Reads `P,S,G,Hq,Hkv,D`.
-
-        Raises:
-            ValueError: if there are not six integers, or one is out of range.
-        """
-        parts = text.split(",")
-        if len(parts) != 6 or not all(part.strip().isdecimal() for part in parts):
-            raise ValueError(f"a case must be six integers P,S,G,Hq,Hkv,D, got {text!r}")
-        prefix, suffix, group, heads_q, heads_kv, head_dim = map(int, parts)
-        return cls(prefix, suffix, group, heads_q, heads_kv, head_dim, dtype)
+def _halved_until(is_small: Callable[[Case], bool], case: Case) -> Case:
+    while not is_small(case) and case.prefix > 1:
+        case = replace(case, prefix=case.prefix // 2, suffix=max(1, case.suffix // 2))
+    return case
 
 
 QUICK_SHAPES = (

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import DTYPES, Case
+from bench.cases import shrunk
 from bench.providers import OURS, PROVIDERS, Prepared, Problem, Provider
+from prefix_attn.cases import Case
 from prefix_attn.testing import (
     Results,
     attention_results,
@@ -236,7 +237,7 @@ def run_case(
         elif not provider.is_baseline:
             outcome.skipped.append(f"{provider.name} skipped: {reason}")
     tick("float64 check")
-    small = case.shrunk()
+    small = shrunk(case)
     gate, passed = Gate(small, device), dict[str, Gated]()
     for provider in providers:
         with outcome.trying(case, provider):
@@ -307,7 +308,7 @@ def require_agreement(results: Results, baseline: Results, case: Case) -> None:
     Raises:
         WrongResultError: where they are not finite or differ by more than rounding.
     """
-    limit = min(0.05, AGREEMENT_EPS * torch.finfo(DTYPES[case.dtype]).eps)
+    limit = min(0.05, AGREEMENT_EPS * torch.finfo(case.torch_dtype).eps)
     wrong = []
     for name, x in results.items():
         if not torch.isfinite(x).all():

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from bench.cases import DTYPES, Case
+from bench.cases import pairs
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends.triton import FORWARD_VARIABLE
+from prefix_attn.cases import Case
 from prefix_attn.kernels.options import Options
 from prefix_attn.testing import Inputs, Results
 
@@ -54,8 +55,11 @@ class Problem:
         """Standard normal inputs, rounded to the dtype of the case."""
         layout = case.layout(device)
         heads, dims = (case.heads_q, case.heads_kv), (case.head_dim, case.head_dim)
-        dtype = DTYPES[case.dtype]
-        return cls(case, layout, Inputs.random(layout, heads, dims, dtype, sinks=True, seed=seed))
+        return cls(
+            case,
+            layout,
+            Inputs.random(layout, heads, dims, case.torch_dtype, sinks=True, seed=seed),
+        )
 
 
 def _same(x: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ class Provider:
     def pairs(self, case: Case) -> int:
         """Allowed (query, key) pairs of what it computes."""
         rule = {n: x for n, x in self.changes.items() if n in ("window_size", "prefix_causal")}
-        return case.pairs_under(**rule)
+        return pairs(case, **rule)
 
 
 def _leaves(problem: Problem, arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,11 +295,11 @@ def _rows_first(x: Tensor) -> Tensor:
 
 def _suffix_mask(problem: Problem) -> Any:
     """What a suffix sees of its whole sequence, as SDPA wants it."""
-    case = problem.case
-    q = problem.inputs.q
+    case, q = problem.case, problem.inputs.q
+    length = case.prefix + case.suffix
     if q.is_cuda:
-        return causal_lower_right(case.suffix, case.sequence)
-    keep = torch.ones(case.suffix, case.sequence, dtype=torch.bool).tril(case.prefix)
+        return causal_lower_right(case.suffix, length)
+    keep = torch.ones(case.suffix, length, dtype=torch.bool).tril(case.prefix)
     return torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, -torch.inf)
 
 
@@ -433,7 +437,7 @@ def no_gluon(
 
 
 def _no_gluon(case: Case, device: torch.device) -> str | None:
-    return no_gluon(DTYPES[case.dtype], case.head_dim, case.head_dim, 1.0, device)
+    return no_gluon(case.torch_dtype, case.head_dim, case.head_dim, 1.0, device)
 
 
 @contextmanager

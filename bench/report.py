@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import tables
-from bench.cases import Case
 from bench.measure import Result
 from bench.providers import FLASH_PACKAGES, OURS, PROVIDERS, TENSORS
+from prefix_attn.cases import Case
 from prefix_attn.timing import Quantiles
 
 HEADER = (
@@ -72,7 +70,7 @@ def compare(results: list[Result]) -> list[Row]:
         rows.append(
             Row(
                 result=result,
-                ideal=result.case.layout(torch.device("cpu")).flop_ratio if result.same else None,
+                ideal=result.case.attention_ratio if result.same else None,
                 forward_speedup=forward and forward / result.forward.median,
                 total_speedup=total / own if total and own else None,
             )

@@ -18,13 +18,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import __main__ as bench_main
 from bench import cases, facts, measure, providers
-from bench.cases import Case
+from bench.cases import case_from_text
 from bench.gpu import __main__ as gpu
 from bench.gpu import checks, report, tune, units
 from bench.gpu.__main__ import RECORDS, Records, read
 from bench.gpu.units import Session, Unit
 from bench.measure import UnsupportedError, WrongResultError
 from bench.providers import MODES, PROVIDERS, Provider
+from prefix_attn.cases import Case
 from prefix_attn.timing import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,7 @@ def test_baseline_of_a_sweep_is_kept_only_if_the_present_configuration_ran(monke
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(tune, "warm_up", fail)
-    case = Case.from_text(tune.DRY_CASE, "float32")
+    case = case_from_text(tune.DRY_CASE, "float32")
     with pytest.raises(RuntimeError, match="out of resources"):
         tune.time_candidate(session, "forward", case, ours, present, present)
     assert session.baseline_case != case
@@ -288,7 +289,7 @@ def test_peak_memory_on_a_gpu_is_what_comes_on_top(fake_cuda, monkeypatch):
 def test_case_that_does_not_fit_says_what_it_would_need(monkeypatch):
     device = torch.device("cuda")
     provider = next(p for p in PROVIDERS if p.name == "repeated SDPA flash")
-    case = Case.from_text("32768,2048,64,32,32,128", "bfloat16")
+    case = case_from_text("32768,2048,64,32,32,128", "bfloat16")
     needed = units.bytes_needed(case, provider)
     for total, fits in ((80 << 30, False), (4 * needed, True)):
         properties = SimpleNamespace(total_memory=total)
@@ -372,12 +373,12 @@ def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):
 @pytest.mark.parametrize("group", [1, 2], ids=["all heads", "head groups"])
 def test_two_calls_match_repeating(group):
     """Prefix Grouper's stand-in, with the mask that it has on a GPU."""
-    case = replace(Case.from_text("6,4,2,2,1,16", "float32"), heads_kv=2 // group)
+    case = replace(case_from_text("6,4,2,2,1,16", "float32"), heads_kv=2 // group)
     problem = providers.Problem.random(case, torch.device("cpu"), seed=0)
     on_gpu = SimpleNamespace(case=case, inputs=SimpleNamespace(q=SimpleNamespace(is_cuda=True)))
     bias = providers._suffix_mask(on_gpu)
     dense = providers._suffix_mask(problem)
-    q, k = torch.randn(1, 2, case.suffix, 16), torch.randn(1, 2, case.sequence, 16)
+    q, k = torch.randn(1, 2, case.suffix, 16), torch.randn(1, 2, case.prefix + case.suffix, 16)
     torch.testing.assert_close(
         F.scaled_dot_product_attention(q, k, k, attn_mask=bias),
         F.scaled_dot_product_attention(q, k, k, attn_mask=dense),
@@ -491,13 +492,14 @@ def test_mode_that_does_another_thing_than_it_says_is_wrong():
 
 def test_gate_keeps_the_window_and_stays_small():
     for case in units.cases(dry=False):
-        small = case.narrow()
+        small = cases.narrow(case)
         assert small.tokens <= cases.GATE_TOKENS
         assert small.heads_q // small.heads_kv == case.heads_q // case.heads_kv
-        assert case.shrunk().sequence <= cases.GATE_SEQUENCE
-        assert case.shrunk().group <= cases.GATE_MEMBERS
-    first = units.cases(dry=False)[0].narrow()
-    assert first.sequence > MODES[2].changes["window_size"]
+        small = cases.shrunk(case)
+        assert small.prefix + small.suffix <= cases.GATE_SEQUENCE
+        assert small.group <= cases.GATE_MEMBERS
+    first = cases.narrow(units.cases(dry=False)[0])
+    assert first.prefix + first.suffix > MODES[2].changes["window_size"]
 
 
 def test_next_baseline_is_taken_where_the_first_does_not_run(monkeypatch):

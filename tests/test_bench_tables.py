@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from bench import publish, report
-from bench.cases import Case
+from bench.cases import pairs
 from bench.facts import environment
 from bench.measure import Result
 from bench.providers import MODES, PROVIDERS
+from prefix_attn.cases import Case
 from prefix_attn.timing import Quantiles
 
 # A group of three; prefix and suffix are longer and shorter than the windows.
@@ -57,7 +58,7 @@ def test_pairs_are_those_of_the_mask(window_size, prefix_causal):
     keep = CASE.layout(torch.device("cpu")).materialize(
         window_size=window_size, prefix_causal=prefix_causal
     )
-    assert CASE.pairs_under(window_size, prefix_causal) == int(keep.sum())
+    assert pairs(CASE, window_size, prefix_causal) == int(keep.sum())
 
 
 def _results(case):

@@ -14,12 +14,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, TIMED_DTYPES, Case
+from bench.cases import TIMED_DTYPES, case_from_text
 from bench.gpu.units import Session, Unit, sample
 from bench.measure import require_agreement, warm_up
 from bench.providers import MODES, OURS, PROVIDERS, Problem, Provider
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.backends import tuning
+from prefix_attn.cases import Case
 from prefix_attn.kernels.config import Config, Tile, select_config
 from prefix_attn.timing import Quantiles
 
@@ -54,7 +55,7 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ValueError("--case, --dtype and --mode are for a sweep: give --kernel")
     text = options.case or (DRY_CASE if options.dry_run else CASE)
     dtype = options.dtype or ("float32" if options.dry_run else "bfloat16")
-    options.tuned_case = Case.from_text(text, dtype)
+    options.tuned_case = case_from_text(text, dtype)
     fused = options.kernel == "backward" and options.mode == "deterministic=False"
     options.tuned = FUSED if fused else options.kernel
 
@@ -120,7 +121,7 @@ def units(session: Session, options: argparse.Namespace) -> list[Unit]:
     capability, processors = _capability(session.device) or 90, 132
     if session.device.type == "cuda":
         processors = torch.cuda.get_device_properties(session.device).multi_processor_count
-    present = select_config(capability, case.head_dim, DTYPES[case.dtype], processors)
+    present = select_config(capability, case.head_dim, case.torch_dtype, processors)
     ours = next(p for p in PROVIDERS if p.name == OURS)
     provider = _modes()[options.mode] if options.mode else ours
     tuned: str = options.tuned

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench import providers
-from bench.cases import DTYPES, Case, table
+from bench.cases import DTYPES, case_from_text, narrow, shrunk, table
 from bench.gpu import checks
 from bench.measure import (
     FOREIGN_ERRORS,
@@ -26,6 +26,7 @@ from bench.measure import (
     warm_up,
 )
 from bench.providers import MODES, OURS, PROVIDERS, Prepared, Problem, Provider
+from prefix_attn.cases import Case
 from prefix_attn.testing import Results
 from prefix_attn.timing import Clock, Quantiles, rounds
 
@@ -92,7 +93,7 @@ class Session:
     def gated(self, case: Case, provider: Provider) -> Gated:
         """Compares a provider with float64, once per kind of case.
 
-        At the size of `case.shrunk()`; what computes another function at few members and heads.
+        At the size of `shrunk(case)`; what computes another function at few members and heads.
 
         Raises:
             WrongResultError: if its errors are beyond the budget.
@@ -100,7 +101,7 @@ class Session:
         """
         kind = (provider.name, case.heads_q, case.heads_kv, case.head_dim, case.dtype)
         if kind not in self.passed:
-            small = case.narrow() if provider.changes else case.shrunk()
+            small = narrow(case) if provider.changes else shrunk(case)
             gate = Gate(small, self.device, provider.changes)
             with may_refuse(provider):
                 self.passed[kind] = gate(provider)
@@ -163,7 +164,7 @@ def cases(dry: bool) -> list[Case]:
         )
 
     others = sorted(table(torch.device("cuda"), True, None), key=remoteness)
-    core = [Case.from_text(text, "bfloat16") for text in CORE]
+    core = [case_from_text(text, "bfloat16") for text in CORE]
     return list(dict.fromkeys([*core, *others]))
 
 
@@ -183,9 +184,8 @@ def providers_for(session: Session) -> list[Provider]:
 
 def bytes_needed(case: Case, provider: Provider) -> float:
     """Inputs, output and gradients, with the copies of a prefix."""
-    rows = case.group * case.sequence if provider.is_baseline else case.tokens
-    size = 4 if case.dtype == "float32" else 2
-    return 3.0 * rows * (2 * case.heads_q + 2 * case.heads_kv) * case.head_dim * size
+    rows = case.repeated_tokens if provider.is_baseline else case.tokens
+    return 3.0 * rows * case.qkvo_bytes
 
 
 def expected_seconds(case: Case, provider: Provider) -> float:
@@ -197,7 +197,7 @@ def expected_seconds(case: Case, provider: Provider) -> float:
 def once_seconds(case: Case, provider: Provider) -> float:
     """Of a forward and a backward pass."""
     flops = 3.5 * case.flops(provider.pairs(case))
-    ratio = case.layout(torch.device("cpu")).flop_ratio if provider.is_baseline else 1.0
+    ratio = case.attention_ratio if provider.is_baseline else 1.0
     return flops * ratio / GUESSED_FLOPS
 
 
