@@ -25,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from bench.cases import pairs
 from prefix_attn import PrefixLayout, prefix_attention
-from prefix_attn.backends.triton import FORWARD_VARIABLE
+from prefix_attn.backends import FORWARD_VARIABLE
 from prefix_attn.cases import Case
 from prefix_attn.kernels.options import Options
 from prefix_attn.testing import Inputs, Results

@@ -13,6 +13,8 @@ import torch
 # The largest D and DV of each.
 MAX_HEAD_DIMS = {"triton": 256, "cpu": 512, "reference": 512}
 NAMES = tuple(MAX_HEAD_DIMS)
+# Environment variable that chooses Triton's forward kernel: triton, or gluon where that can serve.
+FORWARD_VARIABLE = "PREFIX_ATTN_FORWARD"
 
 
 def load(name: str) -> ModuleType:

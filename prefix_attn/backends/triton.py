@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from prefix_attn.backends import schedule, tuning
+from prefix_attn.backends import FORWARD_VARIABLE, schedule, tuning
 from prefix_attn.forest import CACHED_LAYOUTS, forest_of
 from prefix_attn.kernels.backward import BackwardTables, launch_backward
 from prefix_attn.kernels.config import INTERPRETER, Config, Tile, select_config
@@ -24,8 +24,6 @@ from prefix_attn.kernels.primitives import INTERPRETED, dot_precision
 
 # Offsets inside a tile are 32-bit: rows further apart than this are copied together first.
 MAX_STRIDE = 2**23
-# Environment variable that chooses the forward kernel: triton, or gluon where that can serve.
-FORWARD_VARIABLE = "PREFIX_ATTN_FORWARD"
 # With 1 in this one every attention of a program is deterministic, as transformers knows it.
 DETERMINISTIC_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 
