@@ -35,7 +35,7 @@ from prefix_attn.kernels.config import Tile, select_config
 from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
 from prefix_attn.layout import PrefixLayout
-from prefix_attn.testing import assert_within_budget
+from prefix_attn.testing import assert_within_budget, forests
 
 ROOT = Path(__file__).parents[1]
 PLAIN = Options(scale=0.125)
@@ -406,16 +406,10 @@ def _check(
 @st.composite
 def layouts(draw: st.DrawFn) -> PrefixLayout:
     """Random forests with at least one query; some segments may have none."""
-    count = draw(st.integers(1, 7))
-    lengths = draw(st.lists(st.integers(0, 19), min_size=count, max_size=count))
-    parents, path = [], []
-    for i in range(count):
-        path = path[: draw(st.integers(0, len(path)))]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
+    lengths, parents = draw(forests(max_length=19))
     lengths[0] = max(1, lengths[0])
     layout = PrefixLayout.from_tree(lengths, parents)
-    chosen = draw(st.none() | st.sets(st.integers(0, count - 1)))
+    chosen = draw(st.none() | st.sets(st.integers(0, len(lengths) - 1)))
     return layout if chosen is None else layout.queries_for(sorted({0, *chosen}))
 
 

@@ -21,23 +21,10 @@ from torch.nn.attention.flex_attention import create_mask
 
 from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.testing import forests
 
 TREE = ([4, 2, 1, 3], [-1, 0, 1, 0])  # two sequences, one of them three segments deep
 NAN = float("nan")
-
-
-@st.composite
-def forests(draw, min_length=0):
-    """Lengths and parents of a random forest in depth-first order."""
-    count = draw(st.integers(0, 9))
-    lengths = draw(st.lists(st.integers(min_length, 4), min_size=count, max_size=count))
-    parents: list[int] = []
-    path = [-1]
-    for i in range(count):
-        depth = draw(st.integers(0, len(path) - 1))
-        parents.append(path[depth])
-        path = [*path[: depth + 1], i]
-    return lengths, parents
 
 
 @st.composite
@@ -106,7 +93,7 @@ def check_sharing(layout, sequences):
     assert torch.equal(layout.materialize(), mask_of_paths(layout.num_tokens, rows))
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_from_tree_matches_paths(forest):
     lengths, parents = forest
     layout = PrefixLayout.from_tree(lengths, parents)
@@ -124,7 +111,7 @@ def test_from_tree_matches_paths(forest):
 
 
 @settings(max_examples=300)
-@given(forests(), st.none() | st.integers(1, 15), st.booleans())
+@given(forests(9, 4, min_segments=0), st.none() | st.integers(1, 15), st.booleans())
 def test_materialize_matches_paths(forest, window, causal):
     layout = PrefixLayout.from_tree(*forest)
     whole = () if causal else rows_of_prefixes(*forest)
@@ -134,7 +121,7 @@ def test_materialize_matches_paths(forest, window, causal):
 
 
 @settings(max_examples=300)
-@given(forests(), st.none() | st.integers(1, 15), st.booleans(), st.data())
+@given(forests(9, 4, min_segments=0), st.none() | st.integers(1, 15), st.booleans(), st.data())
 def test_forest_counts_the_pairs_of_paths(forest, window, causal, data):
     lengths, parents = forest
     has_queries = [data.draw(st.booleans()) for _ in lengths]
@@ -155,7 +142,7 @@ def test_forest_counts_more_pairs_than_fit_in_64_bits():
     assert forest.num_repeated_pairs == 99 * forest.num_pairs > 2**63
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_forest_knows_its_paths(forest):
     lengths, parents = forest
     paths = rows_of_paths(*forest)
@@ -187,7 +174,7 @@ def test_forest_takes_an_order_of_sequences():
     assert (forest.num_pairs, forest.num_repeated_pairs) == (3 + 3 + 3 + 1, 6 + 1 + 6)
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_subtree_end_bounds_descendants(forest):
     lengths, parents = forest
     layout = PrefixLayout.from_tree(lengths, parents)
@@ -203,7 +190,7 @@ def test_subtree_end_bounds_descendants(forest):
 
 
 @settings(max_examples=20)
-@given(forests(min_length=1).filter(lambda forest: forest[0]))
+@given(forests(9, 4, min_length=1))
 def test_mask_mod_matches_materialize(forest):
     layout = PrefixLayout.from_tree(*forest)
     t = layout.num_tokens
@@ -211,7 +198,7 @@ def test_mask_mod_matches_materialize(forest):
     assert torch.equal(mask[0, 0], layout.materialize())
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_flop_ratio_counts_pairs(forest):
     layout = PrefixLayout.from_tree(*forest)
     whole = sum(len(rows) * (len(rows) + 1) // 2 for rows in rows_of_paths(*forest))
@@ -219,7 +206,7 @@ def test_flop_ratio_counts_pairs(forest):
     assert layout.flop_ratio == (pytest.approx(whole / shared) if shared else 1.0)
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_predictor_index_is_the_token_before(forest):
     layout = PrefixLayout.from_tree(*forest)
     pairs = {
@@ -295,7 +282,7 @@ def test_layout_is_frozen_and_compares_by_identity():
         layout.num_groups = 3
 
 
-@given(forests().filter(lambda forest: forest[0]))
+@given(forests(9, 4))
 def test_pack_inverts_unpack(forest):
     layout = PrefixLayout.from_tree(*forest)
     x = torch.randn(layout.num_tokens, 2)
@@ -311,7 +298,7 @@ def test_pack_takes_shared_rows_from_the_first():
     assert packed.tolist() == [1, 2, 3, 9]
 
 
-@given(forests())
+@given(forests(9, 4, min_segments=0))
 def test_unpack_gradient_sums_over_sequences(forest):
     layout = PrefixLayout.from_tree(*forest)
     x = torch.zeros(layout.num_tokens, requires_grad=True)

@@ -23,26 +23,13 @@ from prefix_attn.backends.schedule import (
 )
 from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.testing import forests
 
 # Columns that count visited tiles.
 FULL_VISITS = [schedule.NUM_LISTED, schedule.NUM_OWN]
 QUERY_VISITS = [*FULL_VISITS, schedule.NUM_MASKED]
 KEY_VISITS = [schedule.NUM_FULL, schedule.NUM_BEFORE, schedule.NUM_AFTER]
 BLOCKS = [(4, 4), (8, 4), (4, 8), (6, 5), (16, 8)]
-
-
-@st.composite
-def forests(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Random forests in depth-first order, empty segments included."""
-    count = draw(st.integers(1, 12))
-    lengths = draw(st.lists(st.integers(0, 23), min_size=count, max_size=count))
-    parents, path = [], []
-    for i in range(count):
-        keep = draw(st.integers(0, len(path)))
-        path = path[:keep]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    return lengths, parents
 
 
 def _query_segments(forest: tuple[list[int], list[int]]) -> st.SearchStrategy[list[int] | None]:
@@ -114,7 +101,7 @@ def _cover_keys(tiles: KeyTiles, mask: np.ndarray, block_m: int, window: bool) -
 
 
 @settings(max_examples=2000, deadline=None)
-@given(data=st.data(), forest=forests(), rule=rules(), blocks=st.sampled_from(BLOCKS))
+@given(data=st.data(), forest=forests(12, 23), rule=rules(), blocks=st.sampled_from(BLOCKS))
 def test_query_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks):
     tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
     tiles = QueryTiles.from_forest(tree, *blocks)
@@ -124,7 +111,7 @@ def test_query_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks):
 @settings(max_examples=2000, deadline=None)
 @given(
     data=st.data(),
-    forest=forests(),
+    forest=forests(12, 23),
     rule=rules(),
     blocks=st.sampled_from(BLOCKS),
     chunk=st.sampled_from([None, 1, 3]),
@@ -139,7 +126,7 @@ def test_key_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks, chu
 @settings(max_examples=500, deadline=None)
 @given(
     data=st.data(),
-    forest=forests(),
+    forest=forests(12, 23),
     rule=rules(),
     blocks=st.sampled_from(BLOCKS),
     chunk=st.sampled_from([None, 1, 3]),
@@ -322,7 +309,7 @@ def test_a_window_costs_what_it_sees():
 @settings(max_examples=500, deadline=None)
 @given(
     data=st.data(),
-    forest=forests(),
+    forest=forests(12, 23),
     window=st.integers(1, 60),
     causal=st.booleans(),
     blocks=st.sampled_from(BLOCKS),
