@@ -33,7 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from prefix_attn.kernels import primitives
+from prefix_attn.kernels import arguments, primitives
+from prefix_attn.kernels.arguments import QueryItem
 from prefix_attn.kernels.config import Config, Tile
 from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
@@ -50,10 +51,21 @@ tma_load = getattr(tma, LOADS.get(VERSION, ""), None)
 
 LN2 = gl.constexpr(primitives.LN2.value)
 LOG2E = gl.constexpr(primitives.LOG2E.value)
-FORBIDDEN = gl.constexpr(primitives.FORBIDDEN.value)
+FORBIDDEN = gl.constexpr(arguments.FORBIDDEN.value)
 
 # Registers of a thread at the start, in a warp group that computes, and in the one that loads.
 REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 168, 240, 24
+
+
+@gluon.jit
+def query_item(items_ptr, item):
+    """Reads one row of a work list of query tiles, as `arguments.query_item` does."""
+    ptr = items_ptr + item * 9
+    row0, row1, query0 = gl.load(ptr), gl.load(ptr + 1), gl.load(ptr + 2)
+    list0, num_listed = gl.load(ptr + 3), gl.load(ptr + 4)
+    own0, num_own = gl.load(ptr + 5), gl.load(ptr + 6)
+    masked0, num_masked = gl.load(ptr + 7), gl.load(ptr + 8)
+    return QueryItem(row0, row1, query0, list0, num_listed, own0, num_own, masked0, num_masked)
 
 
 @gluon.jit
@@ -242,22 +254,14 @@ def gluon_forward_kernel(
     NEGATIVE_SCALE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """O and LSE of one query tile of one query head; lse_ptr is (Hq, Tq)."""
     ROWS: gl.constexpr = BLOCK_M // 2
     pid = gl.program_id(0)
     head = pid % num_heads
     kv_head = head // GROUP
-    item_ptr = items_ptr + (pid // num_heads) * 9
-    row0 = gl.load(item_ptr)
-    row1 = gl.load(item_ptr + 1)
-    query0 = gl.load(item_ptr + 2)
-    list0 = gl.load(item_ptr + 3)
-    num_listed = gl.load(item_ptr + 4)
-    own0 = gl.load(item_ptr + 5)
-    num_own = gl.load(item_ptr + 6)
-    masked0 = gl.load(item_ptr + 7)
-    num_masked = gl.load(item_ptr + 8)
+    item = query_item(items_ptr, pid // num_heads)
     # At least one: a row sees its own key.
-    num_tiles = num_masked + num_listed + num_own
+    num_tiles = item.num_masked + item.num_listed + item.num_own
     scale_log2 = scale * LOG2E
     if NEGATIVE_SCALE:
         # The running maximum wants a scale that keeps the order.
@@ -281,22 +285,25 @@ def gluon_forward_kernel(
     fence_async_shared()
 
     barriers = (q_ready, k_ready, k_free, v_ready, v_free)
-    tiles = (columns_ptr, masked_ptr, list0, num_listed, own0, masked0, num_masked)
+    tiles = (
+        columns_ptr, masked_ptr, item.list0, item.num_listed, item.own0,
+        item.masked0, item.num_masked,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (consume, (
                 out_ptr, lse_ptr, rule_ptr, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
-                row0, row1, query0, head, num_queries, stride_o_t, stride_o_h, scale_log2,
-                0, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
+                item.row0, item.row1, item.query0, head, num_queries, stride_o_t, stride_o_h,
+                scale_log2, 0, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
             )),
             (consume, (
                 out_ptr, lse_ptr, rule_ptr, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
-                row0, row1, query0, head, num_queries, stride_o_t, stride_o_h, scale_log2,
-                1, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
+                item.row0, item.row1, item.query0, head, num_queries, stride_o_t, stride_o_h,
+                scale_log2, 1, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
-                query0, head, kv_head, D, DV, ROWS, BLOCK_N, STAGES,
+                item.query0, head, kv_head, D, DV, ROWS, BLOCK_N, STAGES,
             )),
         ],
         [4, 1],
@@ -413,16 +420,8 @@ def launch_gluon_forward(
 
 
 def _descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
-    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head.
-
-    Copies x where its heads do not lie side by side, or where its rows overlap or do not start at
-    multiples of 16 bytes.
-    """
-    flat = x.flatten(1)
-    aligned = flat.data_ptr() % 16 == 0 and flat.stride(0) * flat.itemsize % 16 == 0
-    if not aligned or flat.stride(0) < flat.shape[1] or flat.stride(1) != 1:
-        flat = flat.clone(memory_format=torch.contiguous_format)
+    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head."""
     block = [block_rows, x.shape[2]]
     element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, element)
-    return TensorDescriptor.from_tensor(flat, block, layout)
+    return TensorDescriptor.from_tensor(primitives.rows_for_tma(x), block, layout)

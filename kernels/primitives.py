@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from prefix_attn.kernels.arguments import Mode
+from prefix_attn.kernels.options import Options
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for "forbidden" in log2 units: exp2 of it is 0, yet differences of it are no NaN.
-FORBIDDEN = tl.constexpr(-1.0e30)
 # Above this softcap even 16-bit results show the error of the fast tanh.
 LARGE_SOFTCAP = 128.0
 
@@ -26,36 +27,36 @@ def entry_and_head(pid, num_entries, heads_per_section):
 
 
 @triton.jit
-def tile_ptrs(ptr, row, head, stride_t, stride_h, offs_row, offs_d):
+def tile_ptrs(x, row, head, offs_row, offs_d):
     """Addresses of rows [row + offs_row] of one head: 64-bit base, 32-bit offsets in the tile."""
-    base = ptr + row.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
-    # [ROWS, D]
-    return base + offs_row[:, None] * stride_t + offs_d[None, :]
+    base = x.ptr + row.to(tl.int64) * x.stride_t + head.to(tl.int64) * x.stride_h
+    # [ROWS, BLOCK_D]
+    return base + offs_row[:, None] * x.stride_t + offs_d[None, :]
 
 
 @triton.jit
-def load_full(ptrs, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads a tile whose rows all exist."""
-    if BLOCK_D == D:
+def load_full(ptrs, offs_d, D: tl.constexpr):
+    """Loads a tile whose rows all exist; padding columns are zero."""
+    if offs_d.shape[0] == D:
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_masked(ptrs, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_masked(ptrs, mask_row, offs_d, D: tl.constexpr):
     """Loads a tile; rows outside of mask_row and padding columns are zero."""
-    if BLOCK_D == D:
+    if offs_d.shape[0] == D:
         return tl.load(ptrs, mask=mask_row[:, None], other=0.0)
     else:
         return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_masked(ptrs, value, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_masked(ptrs, value, mask_row, offs_d, D: tl.constexpr):
     """Stores the rows in mask_row without padding columns, in the type of the target."""
     value = value.to(ptrs.dtype.element_ty)
-    if BLOCK_D == D:
+    if offs_d.shape[0] == D:
         tl.store(ptrs, value, mask=mask_row[:, None])
     else:
         tl.store(ptrs, value, mask=mask_row[:, None] & (offs_d < D)[None, :])
@@ -65,44 +66,6 @@ def store_masked(ptrs, value, mask_row, offs_d, D: tl.constexpr, BLOCK_D: tl.con
 def log2_scale(scale, ACC: tl.constexpr):
     """The scale in log2 units, in the accumulator's precision."""
     return tl.full([], scale, ACC) * LOG2E
-
-
-@triton.jit
-def key_rule(rule_ptr, cols, mask_n, num_keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """First row that sees each key, end of these rows, and its position (under a window)."""
-    # [BLOCK_N]; keys outside of mask_n are seen by no row
-    seen_until = tl.load(rule_ptr + cols, mask=mask_n, other=0)
-    seen_from = cols
-    position = cols
-    if not CAUSAL:
-        seen_from = tl.load(rule_ptr + num_keys + cols, mask=mask_n, other=0)
-    if WINDOW:
-        position = tl.load(rule_ptr + num_keys + num_keys + cols, mask=mask_n, other=0)
-    return seen_from, seen_until, position
-
-
-@triton.jit
-def row_floor(rule_ptr, rows, mask_m, num_keys, window_size, WINDOW: tl.constexpr):
-    """The last position that is too far back for each row, under a window."""
-    floor = rows
-    if WINDOW:
-        position = tl.load(rule_ptr + num_keys + num_keys + rows, mask=mask_m, other=0)
-        floor = position - window_size
-    return floor
-
-
-@triton.jit
-def forbid(s, rows, floor, seen_from, seen_until, position, WINDOW: tl.constexpr):
-    """The attention rule: scores of pairs that it excludes become FORBIDDEN.
-
-    Rows and keys come expanded to the two sides of s, [M, 1] and [1, N] or [1, M] and [N, 1].
-    """
-    if WINDOW:
-        return tl.where(
-            (seen_from <= rows) & (rows < seen_until) & (position > floor), s, FORBIDDEN
-        )
-    else:
-        return tl.where((seen_from <= rows) & (rows < seen_until), s, FORBIDDEN)
 
 
 @triton.jit
@@ -119,8 +82,9 @@ def tanh(x, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, v, acc, l_i, m_i, scale_log2, PRECISION: tl.constexpr):
+def softmax_step(s, v, acc, l_i, m_i, scale_log2, MODE: tl.constexpr):
     """Folds the scores of one key tile into the running softmax; scale_log2 >= 0."""
+    # s [BLOCK_M, BLOCK_N], v [BLOCK_N, BLOCK_DV], acc [BLOCK_M, BLOCK_DV], l_i and m_i [BLOCK_M]
     # m' = max(m, max_n S)                                                               (F2)
     m_ij = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     # P = 2^(S - m')                                                                     (F3)
@@ -129,7 +93,7 @@ def softmax_step(s, v, acc, l_i, m_i, scale_log2, PRECISION: tl.constexpr):
     alpha = tl.math.exp2(m_i - m_ij)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.precision, out_dtype=acc.dtype)
     return acc, l_i, m_ij
 
 
@@ -142,16 +106,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def padded_dim(size: int) -> int:
-    """Columns of a tile: a power of two, and at least the 16 that a product of tiles needs."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """`accumulator` as Triton names it."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of float32 products: PyTorch's own setting for matrix products decides.
 
@@ -162,9 +116,18 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def needs_accurate_tanh(dtype: torch.dtype, softcap: float | None) -> bool:
-    """Whether results near zero count: a softcap multiplies their error, 1e-7, by itself."""
-    return dtype.itemsize >= 4 or (softcap is not None and softcap > LARGE_SOFTCAP)
+def mode_of(dtype: torch.dtype, options: Options) -> Mode:
+    """What the options and the dtype of a call fix in its kernels."""
+    # A softcap multiplies the error of the fast tanh near zero, 1e-7, by itself.
+    large = options.softcap is not None and options.softcap > LARGE_SOFTCAP
+    return Mode(
+        causal=options.prefix_causal,
+        window=options.window_size is not None,
+        softcap=options.softcap is not None,
+        accurate=dtype.itemsize >= 4 or large,
+        acc=tl.float64 if dtype == torch.float64 else tl.float32,
+        precision=dot_precision(dtype),
+    )
 
 
 def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:
@@ -173,7 +136,12 @@ def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:
 
 
 def tile_descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
-    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head.
+    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head."""
+    return TensorDescriptor.from_tensor(rows_for_tma(x), [block_rows, x.shape[2]])
+
+
+def rows_for_tma(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) as (T, H * D) with rows that TMA can address.
 
     Copies x where its heads do not lie side by side, or where its rows overlap or do not start at
     multiples of 16 bytes.
@@ -182,4 +150,4 @@ def tile_descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
     aligned = flat.data_ptr() % 16 == 0 and flat.stride(0) * flat.itemsize % 16 == 0
     if not aligned or flat.stride(0) < flat.shape[1] or flat.stride(1) != 1:
         flat = flat.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(flat, [block_rows, x.shape[2]])
+    return flat

@@ -31,6 +31,7 @@ from prefix_attn.backends.reference import forward as reference_attention
 from prefix_attn.backends.schedule import QueryTiles
 from prefix_attn.forest import Forest
 from prefix_attn.kernels import gluon_forward, primitives
+from prefix_attn.kernels.arguments import QueryItem
 from prefix_attn.kernels.config import Tile, select_config
 from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
@@ -350,6 +351,7 @@ class Emulated:
                 init=_init, wait=_wait, expect=_expect, arrive=_arrive, MBarrierLayout=lambda: None
             ),
             "range": range,
+            "QueryItem": QueryItem,
         }
         for name, value in SOURCE.items():
             if isinstance(value, triton.JITFunction):

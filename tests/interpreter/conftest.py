@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,15 @@ from prefix_attn.testing import fix_interpreter  # noqa: E402
 fix_interpreter()
 
 
+def _leaves(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, tuples taken apart."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _leaves(x)
+        else:
+            yield x
+
+
 class AddressGuard:
     """Checks, launch by launch, that addresses lie in an argument and are written once."""
 
@@ -36,7 +45,7 @@ class AddressGuard:
         self.finish_launch()
         self.launches += 1
         self._ranges = []
-        for x in arguments:
+        for x in _leaves(arguments):
             x = x.base if isinstance(x, TensorDescriptor) else x
             if isinstance(x, torch.Tensor) and x.numel():
                 span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
