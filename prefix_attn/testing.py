@@ -182,8 +182,8 @@ def repeated_attention(
     """Runs every sequence whole, as PyTorch does: what sharing must reproduce.
 
     Without options each sequence is a call of `scaled_dot_product_attention`. With options, and
-    where PyTorch's kernel for the dtype can't run on this processor, it is the formula that models
-    write out, whose products take the dtype and add up in float32 or better.
+    where PyTorch has no fused kernel (D other than DV, a dtype that this processor can't run), it is
+    the formula that models write out, whose products have the dtype and add up in float32 or better.
 
     Sequences are computed in `dtype`, gathered and summed in the dtype of q: with float64 tensors
     and another `dtype` the errors are those of one sequence, not of the sum over members. A shared
@@ -208,7 +208,7 @@ def repeated_attention(
     dtype = q.dtype if dtype is None else dtype
     scale = q.shape[2] ** -0.5 if scale is None else scale
     plain = window_size is None and softcap is None and sinks is None and prefix_causal
-    plain = plain and not return_lse and _sdpa_runs(dtype, q.device)
+    plain = plain and not return_lse and q.shape[2] == v.shape[2] and _sdpa_runs(dtype, q.device)
     query_of = torch.full((layout.num_tokens,), -1, device=q.device)
     query_of[layout.query_rows] = torch.arange(layout.num_queries, device=q.device)
     segment_of = torch.arange(layout.num_segments, device=q.device).repeat_interleave(
@@ -255,17 +255,20 @@ def _eager(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one sequence: (L, Hq, DV) in the dtype of q, and its lse (L, Hq)."""
+    """Softmax attention of one sequence: (L, Hq, DV) in the dtype of q, and its lse (L, Hq).
+
+    As PyTorch's products, those here return the dtype of q, and so do their gradients.
+    """
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("mhd,nhd->hmn", q.to(wide), k) * scale
+    scores = (torch.einsum("mhd,nhd->hmn", q.to(wide), k) * scale).to(dtype).to(wide)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~keep, -math.inf)
     lse = scores.logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
-    weights = (scores - lse[..., None]).exp().to(dtype)  # rounded, as is its gradient
+    weights = (scores - lse[..., None]).exp().to(dtype)
     return torch.einsum("hmn,nhd->mhd", weights.to(wide), v).to(dtype), lse.t()
 
 
