@@ -27,8 +27,9 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch, Rectangle
 
 ROOT = Path(__file__).resolve().parents[1]
-# A light card with dark ink: it reads the same on light and on dark pages.
+# Paper, text and faint lines on light pages, and what takes their place on dark ones.
 CARD, INK, FAINT = "#fafaf7", "#24292f", "#c9c9c4"
+DARK = {CARD: "#21252e", INK: "#dfe2e8", FAINT: "#4a505c"}
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, SKY, GREEN, ORANGE, RED, PINK, GREY = (
     "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999",
@@ -122,7 +123,7 @@ def _draw_mask(panel: Any, layout: PrefixLayout, colours: Sequence[str], left: f
     """Fills the allowed pairs in the colour of their key, and rules off the segments."""
     mask = layout.materialize().numpy()
     size = len(mask)
-    image = np.ones((size, size, 4))
+    image = np.zeros((size, size, 4))
     image[mask] = mpl.colors.to_rgba_array(list(colours))[np.nonzero(mask)[1]]
     panel.imshow(image, extent=(left, left + size, size, 0), interpolation="none")
     bounds = layout.cu_seqlens.tolist()
@@ -201,16 +202,13 @@ def draw_schedule(path: Path) -> None:
         colours = colours_of_programs(cells)
         for cell in cells:
             _draw_cell(panel, cell, colours[cell.program])
-        rows, keys = np.nonzero(mask)
-        panel.scatter(
-            keys + 0.5, rows + 0.5, s=0.7, color=INK, linewidths=0, zorder=3, rasterized=True
-        )
+        _draw_border(panel, mask)
         for bound in layout.cu_seqlens.tolist():
             panel.axhline(bound, color=INK, lw=0.5, alpha=0.35, zorder=1)
             panel.axvline(bound, color=INK, lw=0.5, alpha=0.35, zorder=1)
         panel.set(xlim=(0, len(mask)), ylim=(len(mask), 0), aspect="equal", xticks=[])
         panel.set_title(title, loc="left", fontsize=11)
-        panel.set_xlabel("keys; dots are the pairs that the rule allows")
+        panel.set_xlabel("keys; the line encloses the pairs that the rule allows")
         panel.tick_params(length=0)
     _label_segments(panels[0], layout, ["prefix", "suffix 1", "suffix 2", "suffix 3"])
     panels[1].set_yticks([])
@@ -260,6 +258,24 @@ def _draw_cell(panel: Any, cell: Cell, colour: str) -> None:
     size = (cell.keys[1] - cell.keys[0], cell.rows[1] - cell.rows[0])
     panel.add_patch(Rectangle(corner, *size, **_look(colour, cell.kind)))
     panel.add_patch(Rectangle(corner, *size, facecolor="none", edgecolor=CARD, lw=1.2))
+
+
+def _draw_border(panel: Any, mask: np.ndarray) -> None:
+    """A line around the allowed pairs."""
+    inside = np.pad(mask, 1)
+    sides = {
+        (0, 1): inside[1:, 1:-1] != inside[:-1, 1:-1],
+        (1, 0): inside[1:-1, 1:] != inside[1:-1, :-1],
+    }
+    # Row and key of where an edge begins, where it ends, and of nowhere: the pen is lifted.
+    lifted = np.full(2, np.nan)
+    edges = [
+        (begin, begin + np.array(step), lifted)
+        for step, borders in sides.items()
+        for begin in np.argwhere(borders)
+    ]
+    rows, keys = np.concatenate(edges).T
+    panel.plot(keys, rows, color=INK, lw=0.8, zorder=3, solid_capstyle="projecting")
 
 
 def _look(colour: str, kind: str) -> dict[str, Any]:
@@ -346,6 +362,19 @@ def _save(figure: Any, path: Path) -> None:
     metadata = {"Date": None} if path.suffix == ".svg" else None
     figure.savefig(path, dpi=160, metadata=metadata)
     plt.close(figure)
+    if path.suffix == ".svg":
+        path.write_text(with_both_themes(path.read_text()))
+
+
+def with_both_themes(svg: str) -> str:
+    """An SVG whose paper, text and faint lines follow the colour scheme of the page around it."""
+    names = {colour: f"--c{i}" for i, colour in enumerate(DARK)}
+    for colour, name in names.items():
+        svg = svg.replace(colour, f"var({name}, {colour})")
+    light = "; ".join(f"{name}: {colour}" for colour, name in names.items())
+    dark = "; ".join(f"{name}: {DARK[colour]}" for colour, name in names.items())
+    rules = f"svg {{{light}}} @media (prefers-color-scheme: dark) {{svg {{{dark}}}}}"
+    return svg.replace("<defs>", f"<style>{rules}</style>\n <defs>", 1)
 
 
 FIGURES = {

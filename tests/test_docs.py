@@ -151,6 +151,17 @@ def test_every_picture_is_drawn_and_shown(figures, tmp_path):
     assert all(f"figures/{name}.svg" in shown for name in drawn)
 
 
+def test_pictures_have_the_colours_of_light_and_of_dark_pages(figures):
+    for name in figures.FIGURES:
+        svg = (ROOT / "docs" / "pages" / "figures" / f"{name}.svg").read_text()
+        rules, drawing = svg.split("</style>", 1)
+        assert "prefers-color-scheme: dark" in rules
+        for light, dark in figures.DARK.items():
+            assert dark in rules
+            # Outside of the rules a light colour is only what stands in for a missing variable.
+            assert drawing.count(light) == len(re.findall(rf"var\(--c\d, {light}\)", drawing))
+
+
 def test_readme_table_is_that_of_the_results():
     from bench.publish import markdown
 
