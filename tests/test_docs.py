@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
 import sys
 import warnings
 from functools import cache
@@ -160,6 +161,20 @@ def test_pictures_have_the_colours_of_light_and_of_dark_pages(figures):
             assert dark in rules
             # Outside of the rules a light colour is only what stands in for a missing variable.
             assert drawing.count(light) == len(re.findall(rf"var\(--c\d, {light}\)", drawing))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="MkDocs is installed from Python 3.11 on")
+def test_site_loads_nothing_from_elsewhere_and_holds_formulas_as_mathml(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", "docs/mkdocs.yml", "-d"]
+    subprocess.run([*build, str(tmp_path)], cwd=ROOT, check=True)
+    loads = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//")
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    assert not [str(path) for path, text in pages.items() if loads.search(text)]
+    source = (ROOT / "docs" / "pages" / "math.md").read_text()
+    formulas = re.findall(r"\$\$.+?\$\$|\$.+?\$", source, flags=re.DOTALL)
+    text = pages[tmp_path / "math" / "index.html"]
+    assert text.count("<math") == text.count("</math>") == len(formulas)
+    assert "arithmatex" not in text
 
 
 def test_readme_table_is_that_of_the_results():
