@@ -1,6 +1,7 @@
 """What the wheel holds, and what importing the package does and does not do."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,6 +73,14 @@ def test_wheel_has_no_top_level_kernels(wheel_names):
 
 def test_wheel_holds_the_licence(wheel_names):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)
+
+
+def test_workflows_take_actions_at_a_commit():
+    workflows = (ROOT / ".github" / "workflows").glob("*.yml")
+    used = [name for path in workflows for name in re.findall(r"uses: (\S+)", path.read_text())]
+    others = [name for name in used if not name.startswith("./")]
+    assert len(others) > 4
+    assert [name for name in others if not re.fullmatch(r"\S+@[0-9a-f]{40}", name)] == []
 
 
 def test_kernels_is_a_relative_symlink():
