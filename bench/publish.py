@@ -2,7 +2,8 @@
 
 A run's CSV goes to `bench/results/NAME.csv`, its picture, if there is one, to
 `docs/pages/figures/NAME.png`. Tables stand between markers in README.md and in the documentation's
-page on performance: those of runs, the modelled machine code and the modelled schedule.
+pages on performance and on machine code: those of runs, the modelled machine code and the modelled
+schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "pages" / "performance.md")
+DOCS = ROOT / "docs" / "pages"
+PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "machine-code.md")
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MODELS: dict[str, Callable[[], str]] = {
