@@ -1,4 +1,4 @@
-"""Which backend serves which option, as the table in docs/pages/options.md.
+"""Which backend refuses which option, as the table in docs/pages/options.md.
 
 The table asks the code that refuses; tests/test_options.py and tests/interpreter/test_options.py
 hold that what is not refused is exact, forward and backward. `python -m bench.options_table`
@@ -42,12 +42,11 @@ def is_served(option: str, backend: str) -> bool:
 
 def render() -> str:
     """The table in Markdown."""
-    directions = [f"{name} {way}" for name in BACKENDS for way in ("forward", "backward")]
     rows = []
     for option, meaning in OPTIONS.items():
-        cells = ["exact" if is_served(option, name) else "refused" for name in BACKENDS]
-        rows.append((f"`{option}`", meaning, *(cell for cell in cells for _ in range(2))))
-    return tables.markdown(("option", "", *directions), rows, "ll" + "c" * len(directions)) + "\n"
+        refusing = [f"`{name}`" for name in BACKENDS if not is_served(option, name)]
+        rows.append((f"`{option}`", meaning, ", ".join(refusing)))
+    return tables.markdown(("option", "meaning", "refused by"), rows, "lll") + "\n"
 
 
 def main() -> None:
