@@ -10,8 +10,8 @@ forward pass) holds two kinds of programs, longest first:
 * A program that owns a query tile of one query head runs over the keys that it sees, as in the
   forward pass, and writes dQ.
 
-Where the caller gives up the same bits in every run, there are programs that own keys only. They
-add dS K to a float32 sum of dQ by TMA: S and dP are computed once, five products instead of seven.
+With deterministic=False only key programs are launched. Each also adds dS K to dQ with atomic adds,
+in float32 by TMA. S and dP are computed once: five products instead of seven.
 
 The full loop comes first in both: a masked loop before it would be serialised by the compiler.
 """

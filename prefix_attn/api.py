@@ -93,9 +93,9 @@ def prefix_attention(
         prefix_causal: False lets the rows of every segment that others continue see all of it, as
             prefix language models do; a window still ends what they see behind them.
         return_lse: also return the log-sum-exp of the scores, sinks included.
-        deterministic: False lets the Triton kernels sum dQ in any order where that is faster (not
-            yet run on a GPU). Else gradients have the same bits from run to run, as they have
-            under `torch.use_deterministic_algorithms` or FLASH_ATTENTION_DETERMINISTIC=1.
+        deterministic: True or None gives bitwise equal gradients in every run. False lets the
+            Triton kernels sum dQ in any order where that is faster (not yet run on a GPU), unless
+            `torch.use_deterministic_algorithms` or FLASH_ATTENTION_DETERMINISTIC=1 forbids it.
         backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "cpu", "reference"
             (dense), or "auto": triton on CUDA; on the CPU cpu, or reference for options that cpu
             lacks. A named backend never falls back to another one.
