@@ -163,7 +163,8 @@ def draw_shared(path: Path) -> None:
         panel.text(x, -1.7, f"{layout.num_tokens} tokens, {pairs:,} pairs", va="center")
     patches = [Patch(color=BLUE, label="keys of the prompt")]
     patches += [
-        Patch(color=MEMBERS[1 + i], label=f"keys of response {1 + i}") for i in range(len(suffixes))
+        Patch(color=MEMBERS[1 + i], label=f"keys of completion {1 + i}")
+        for i in range(len(suffixes))
     ]
     panel.legend(
         handles=patches, loc="lower left", frameon=False, fontsize=10,

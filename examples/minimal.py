@@ -1,4 +1,4 @@
-"""Four responses to one prompt: attention computes the prompt once, forward and backward.
+"""Four completions of one prompt: attention computes the prompt once, forward and backward.
 
     python examples/minimal.py
 
@@ -15,7 +15,7 @@ from prefix_attn.testing import repeated_attention
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-# The packed axis: the prompt, then the responses end to end. T = 1024 + 128 + 96 + 160 + 64.
+# The packed axis: the prompt, then the completions end to end. T = 1024 + 128 + 96 + 160 + 64.
 layout = PrefixLayout.from_lengths([1024], [[128, 96, 160, 64]], device=device)
 print(layout)
 

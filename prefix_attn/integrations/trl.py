@@ -1,6 +1,6 @@
 """What TRL's trainers need beyond `prefix_attn.enable(model)`.
 
-`KeepGroupsMixin` keeps the responses to one prompt in one micro-batch, where they can share it.
+`KeepGroupsMixin` keeps the completions of one prompt in one micro-batch, where they can share it.
 `serve_tree_attention` runs the prefix tries of AsyncGRPO in `prefix_attention`.
 """
 
@@ -34,8 +34,8 @@ TREE_ARGUMENTS = {
 class KeepGroupsMixin:
     """Makes a TRL trainer shuffle whole groups before it cuts its rollouts into micro-batches.
 
-    TRL shuffles samples, which scatters the responses to one prompt over the micro-batches. Put
-    this class in front of a trainer that draws several responses to a prompt, GRPO or RLOO:
+    TRL shuffles samples, which scatters the completions of one prompt over the micro-batches. Put
+    this class in front of a trainer that draws several completions of a prompt, GRPO or RLOO:
 
         class Trainer(KeepGroupsMixin, GRPOTrainer):
             pass
