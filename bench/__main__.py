@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.cases import TIMED_DTYPES, case_from_text, default_dtype, table
+from bench.cases import TIMED_DTYPES, case_from_text, cases_of_run, default_dtype
 from bench.facts import environment
 from bench.measure import MIN_ROUNDS, Outcome, run_case
 
@@ -28,28 +28,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
     parser.add_argument("--dtype", choices=TIMED_DTYPES, help="float32 on a CPU, else bfloat16")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        options.device = torch.device(options.device)
+        args.device = torch.device(args.device)
     except RuntimeError:
-        parser.error(f"--device must be cpu or cuda, got {options.device!r}")
-    if options.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda, got {str(options.device)!r}")
-    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device must be cpu or cuda, got {args.device!r}")
+    if args.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {str(args.device)!r}")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
-    if options.rounds < MIN_ROUNDS:
-        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {options.rounds}")
-    if options.case and options.full:
+    if args.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
+    if args.case and args.full:
         parser.error("--case and --full exclude each other")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out must be a folder, {options.out} is a file")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder, {args.out} is a file")
     try:
-        dtype = options.dtype or default_dtype(options.device)
-        options.cases = [case_from_text(text, dtype) for text in options.case]
+        dtype = args.dtype or default_dtype(args.device)
+        args.cases = [case_from_text(text, dtype) for text in args.case]
     except ValueError as error:
         parser.error(f"--case: {error}")
-    options.cases = options.cases or table(options.device, options.full, options.dtype)
-    return options
+    args.cases = args.cases or cases_of_run(args.device, args.full, args.dtype)
+    return args
 
 
 class Lines:
@@ -84,8 +84,8 @@ def progress(cases: int) -> Any:
 
 def main() -> int:
     """Runs the cases and writes table, CSV and picture; 1 if a provider was wrong."""
-    options = parse()
-    device, cases = options.device, options.cases
+    args = parse()
+    device, cases = args.device, args.cases
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
     total = Outcome()
@@ -95,7 +95,7 @@ def main() -> int:
             def tick(word: str, label: str = case.label) -> None:
                 bar.set_description(f"{label}: {word}")
 
-            outcome = run_case(case, device, options.rounds, tick)
+            outcome = run_case(case, device, args.rounds, tick)
             for reason in outcome.skipped:
                 if reason not in total.skipped:  # most hold for every case
                     bar.write(f"{case.label}: {reason}")
@@ -106,11 +106,11 @@ def main() -> int:
             total.failures += outcome.failures
             bar.update()
     if total.results:
-        written = report.write(total.results, facts, options.out, len(cases))
+        written = report.write(total.results, facts, args.out, len(cases))
         print(
             "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "
             "share is the speed-up over the ideal.\nPeak memory holds inputs, output, gradients "
-            f"and workspace. Written to {options.out}: {', '.join(written)}"
+            f"and workspace. Written to {args.out}: {', '.join(written)}"
         )
     for failure in total.failures:
         print(f"WRONG, not timed: {failure}", file=sys.stderr)

@@ -90,7 +90,7 @@ FULL_CPU_SHAPES = (
 )
 
 
-def table(device: torch.device, full: bool, dtype: str | None) -> list[Case]:
+def cases_of_run(device: torch.device, full: bool, dtype: str | None) -> list[Case]:
     """The cases of a run: float32 on the CPU and bfloat16 on CUDA unless `dtype` says else."""
     dtype = dtype or default_dtype(device)
     if device.type == "cpu":

@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "pages" / "options.md"
 BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->"
 # Device on which each backend is asked.
 BACKENDS = {"triton": "cuda", "cpu": "cpu", "reference": "cpu"}
-OPTIONS = {
+MEANINGS = {
     "scale": "any factor of the scores, negative or zero",
     "window_size": "sliding window, in positions",
     "softcap": "`c * tanh(s / c)`",
@@ -43,7 +43,7 @@ def is_served(option: str, backend: str) -> bool:
 def render() -> str:
     """The table in Markdown."""
     rows = []
-    for option, meaning in OPTIONS.items():
+    for option, meaning in MEANINGS.items():
         refusing = [f"`{name}`" for name in BACKENDS if not is_served(option, name)]
         rows.append((f"`{option}`", meaning, ", ".join(refusing)))
     return tables.markdown(("option", "meaning", "refused by"), rows, "lll") + "\n"

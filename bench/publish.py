@@ -115,22 +115,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
     parser.add_argument("name", nargs="?", help="such as cpu; none to only write tables anew")
     parser.add_argument("--run", type=Path, default=ROOT / "out" / "bench", help="folder of a run")
-    options = parser.parse_args(arguments)
-    if options.name:
-        source = options.run / "bench.csv"
+    args = parser.parse_args(arguments)
+    if args.name:
+        source = args.run / "bench.csv"
         if not source.is_file():
             print(f"{source} does not exist: run `make bench` first", file=sys.stderr)
             return 1
         RESULTS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, RESULTS / f"{options.name}.csv")
-        picture = options.run / "bench.png"
+        shutil.copyfile(source, RESULTS / f"{args.name}.csv")
+        picture = args.run / "bench.png"
         if picture.is_file():
-            figure = ROOT / "docs" / "pages" / "figures" / f"{options.name}.png"
+            figure = ROOT / "docs" / "pages" / "figures" / f"{args.name}.png"
             figure.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, figure)
     pages = {page: page.read_text() for page in PAGES}
-    marker = f"<!-- bench:begin {options.name} -->"
-    if options.name and not any(marker in text for text in pages.values()):
+    marker = f"<!-- bench:begin {args.name} -->"
+    if args.name and not any(marker in text for text in pages.values()):
         print(f"no page has the marker {marker}", file=sys.stderr)
         return 1
     for page, text in pages.items():

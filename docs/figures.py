@@ -391,11 +391,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "pages" / "figures")
     parser.add_argument("--kind", choices=["svg", "png"], default="svg")
-    options = parser.parse_args(arguments)
-    options.folder.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(arguments)
+    args.folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name, draw in FIGURES.items():
-            path = options.folder / f"{name}.{options.kind}"
+            path = args.folder / f"{name}.{args.kind}"
             draw(path)
             print(f"Written: {path}")
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.options_table import BACKENDS, OPTIONS, is_served, render
+from bench.options_table import BACKENDS, MEANINGS, is_served, render
 from prefix_attn import PrefixLayout, merge_states, prefix_attention
 from prefix_attn.testing import (
     Inputs,
@@ -101,7 +101,7 @@ def test_autocast_does_not_round_float32_inputs(softcap):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", MEANINGS)
 def test_table_cell_is_exact_or_refused(backend, option):
     # The cells of the Triton kernels are tests/interpreter/test_options.py.
     if option in ("value dims", "LSE gradient"):  # every call of this file has both

@@ -74,25 +74,25 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def work(options: argparse.Namespace) -> int:
+def work(args: argparse.Namespace) -> int:
     """Runs units until they are done or the time is over; the exit status of a worker."""
-    device = torch.device("cpu" if options.dry_run else "cuda")
-    if options.dry_run:
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    if args.dry_run:
         _prepare_dry_run()
     torch.manual_seed(0)
     # FlexAttention compiles once for each kind of case; at its limit it would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    session = Session(device, options.dry_run, Clock(device), deadline=options.deadline)
-    records = Records(options.out, environment(device), options.session)
-    todo = tune.units(session, options) if options.kernel else units(session)
+    session = Session(device, args.dry_run, Clock(device), deadline=args.deadline)
+    records = Records(args.out, environment(device), args.session)
+    todo = tune.units(session, args) if args.kernel else units(session)
     finished = records.finished()
     left = [unit for unit in todo if unit.key not in finished]
     print(f"{len(todo) - len(left)} of {len(todo)} units are done", flush=True)
     postponed = 0
     compiled: set[Hashable] = set()
     for unit in left:
-        if unit.expected(compiled) > options.deadline - time.time():
+        if unit.expected(compiled) > args.deadline - time.time():
             postponed += 1
             continue
         records.append(unit.key, "started")
@@ -173,18 +173,18 @@ def _stand_in_for_gluon() -> None:
         setattr(gluon_forward, name, stand_in)
 
 
-def supervise(options: argparse.Namespace) -> int:
+def supervise(args: argparse.Namespace) -> int:
     """Starts workers until one ends by itself; the exit status of the run."""
     command = [*COMMAND, "--worker", *sys.argv[1:]]
-    command += ["--session", options.session, "--deadline", str(options.deadline)]
+    command += ["--session", args.session, "--deadline", str(args.deadline)]
     environ = dict(os.environ)
-    if options.dry_run:
+    if args.dry_run:
         environ["TRITON_INTERPRET"] = "1"
-    path = options.out / RECORDS
+    path = args.out / RECORDS
     while True:
         known = len(read(path))
         process = subprocess.Popen(command, cwd=ROOT, env=environ)
-        ended = _wait(process, path, options)
+        ended = _wait(process, path, args)
         if ended == "" and process.returncode == 0:
             return 0
         records = read(path)
@@ -195,15 +195,13 @@ def supervise(options: argparse.Namespace) -> int:
         last = fresh[-1]
         if last["status"] == "started":
             reason = ended or f"the process died, exit status {process.returncode}"
-            Records(options.out, last["facts"], options.session).append(
-                last["key"], "failed", reason
-            )
+            Records(args.out, last["facts"], args.session).append(last["key"], "failed", reason)
             print(f"{last['key']}: failed: {reason}", flush=True)
-        if time.time() >= options.deadline:
+        if time.time() >= args.deadline:
             return 0
 
 
-def _wait(process: subprocess.Popen[bytes], path: Path, options: argparse.Namespace) -> str:
+def _wait(process: subprocess.Popen[bytes], path: Path, args: argparse.Namespace) -> str:
     """Waits for a worker; ends it, and says why, if a unit takes too long."""
     size, changed = -1, time.time()
     while process.poll() is None:
@@ -211,7 +209,7 @@ def _wait(process: subprocess.Popen[bytes], path: Path, options: argparse.Namesp
         now = path.stat().st_size if path.exists() else 0
         if now != size:
             size, changed = now, time.time()
-        late = time.time() > options.deadline + options.grace
+        late = time.time() > args.deadline + args.grace
         if late or time.time() - changed > UNIT_SECONDS:
             process.kill()
             process.wait()
@@ -230,37 +228,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--session", default=f"{time.time():.3f}", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not options.minutes > 0:
-        parser.error(f"--minutes must be positive, got {options.minutes}")
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out must be a folder, {options.out} is a file")
+    args = parser.parse_args(arguments)
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be positive, got {args.minutes}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder, {args.out} is a file")
     try:
-        tune.check_arguments(options)
+        tune.check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
-    options.out = options.out.resolve()
+    args.out = args.out.resolve()
     # The last unit may end late by so many seconds; then the tables are written.
-    options.grace = 15.0
-    if options.deadline is None:
-        options.deadline = time.time() + options.minutes * 60
-    return options
+    args.grace = 15.0
+    if args.deadline is None:
+        args.deadline = time.time() + args.minutes * 60
+    return args
 
 
 def main() -> int:
     """Runs what is left, then writes the tables; 1 if anything of ours was wrong."""
-    options = parse()
-    if options.worker:
-        return work(options)
-    if not (options.dry_run or options.report or torch.cuda.is_available()):
+    args = parse()
+    if args.worker:
+        return work(args)
+    if not (args.dry_run or args.report or torch.cuda.is_available()):
         print(
             "make gpu needs a CUDA device and a PyTorch that sees it; `python -m bench.gpu "
             "--dry-run` tries the script on a CPU.",
             file=sys.stderr,
         )
         return 2
-    status = 0 if options.report else supervise(options)
-    return max(status, report.write(options.out, read(options.out / RECORDS)))
+    status = 0 if args.report else supervise(args)
+    return max(status, report.write(args.out, read(args.out / RECORDS)))
 
 
 if __name__ == "__main__":

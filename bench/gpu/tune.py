@@ -45,19 +45,19 @@ def _modes() -> dict[str, Provider]:
     return {name: mode for name, mode in names if name != "gluon"}
 
 
-def check_arguments(options: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Fills in the case.
 
     Raises:
         ValueError: if an argument is wrong, or has no meaning without --kernel.
     """
-    if not options.kernel and (options.case or options.dtype or options.mode):
+    if not args.kernel and (args.case or args.dtype or args.mode):
         raise ValueError("--case, --dtype and --mode are for a sweep: give --kernel")
-    text = options.case or (DRY_CASE if options.dry_run else CASE)
-    dtype = options.dtype or ("float32" if options.dry_run else "bfloat16")
-    options.tuned_case = case_from_text(text, dtype)
-    fused = options.kernel == "backward" and options.mode == "deterministic=False"
-    options.tuned = FUSED if fused else options.kernel
+    text = args.case or (DRY_CASE if args.dry_run else CASE)
+    dtype = args.dtype or ("float32" if args.dry_run else "bfloat16")
+    args.tuned_case = case_from_text(text, dtype)
+    fused = args.kernel == "backward" and args.mode == "deterministic=False"
+    args.tuned = FUSED if fused else args.kernel
 
 
 def candidates(
@@ -115,21 +115,21 @@ def label(tuned: str, config: Config) -> str:
     return f"{' + '.join(map(str, tiles))} w{warps}{tma}"
 
 
-def units(session: Session, options: argparse.Namespace) -> list[Unit]:
+def units(session: Session, args: argparse.Namespace) -> list[Unit]:
     """One unit per candidate."""
-    case: Case = options.tuned_case
+    case: Case = args.tuned_case
     capability, processors = _capability(session.device) or 90, 132
     if session.device.type == "cuda":
         processors = torch.cuda.get_device_properties(session.device).multi_processor_count
     present = select_config(capability, case.head_dim, case.torch_dtype, processors)
     ours = next(p for p in PROVIDERS if p.name == OURS)
-    provider = _modes()[options.mode] if options.mode else ours
-    tuned: str = options.tuned
+    provider = _modes()[args.mode] if args.mode else ours
+    tuned: str = args.tuned
     if tuned == FUSED and present.fused is None:
         raise SystemExit(f"{case.label}: deterministic=False has no tile of its own to sweep here")
     descriptors = _capability(session.device) == 90 and case.head_dim in (64, 128)
     seconds = 0.0 if session.dry else CANDIDATE_SECONDS
-    prefix = f"tune/{options.kernel}/{case.label} {case.dtype} {options.mode or 'plain'}"
+    prefix = f"tune/{args.kernel}/{case.label} {case.dtype} {args.mode or 'plain'}"
     found = []
     for config in candidates(tuned, present, dry=session.dry, descriptors=descriptors):
         run = partial(time_candidate, session, tuned, case, provider, config, present)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench import providers
-from bench.cases import DTYPES, case_from_text, narrow, shrunk, table
+from bench.cases import DTYPES, case_from_text, cases_of_run, narrow, shrunk
 from bench.gpu import checks
 from bench.measure import (
     FOREIGN_ERRORS,
@@ -163,7 +163,7 @@ def cases(dry: bool) -> list[Case]:
             case.heads_kv != 8,
         )
 
-    others = sorted(table(torch.device("cuda"), True, None), key=remoteness)
+    others = sorted(cases_of_run(torch.device("cuda"), True, None), key=remoteness)
     core = [case_from_text(text, "bfloat16") for text in CORE]
     return list(dict.fromkeys([*core, *others]))
 

@@ -123,41 +123,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write the figures into bench/machine_code_budget.json; its exceptions stay",
     )
-    options = parser.parse_args(arguments)
-    chosen = (options.arch, options.dtype, options.head_dim, options.kernel)
-    if options.quick and any(chosen):
+    args = parser.parse_args(arguments)
+    chosen = (args.arch, args.dtype, args.head_dim, args.kernel)
+    if args.quick and any(chosen):
         parser.error("--quick chooses what to compile: leave out --arch, --dtype, and so on")
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    for size in options.head_dim or ():
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    for size in args.head_dim or ():
         if not re.fullmatch(r"\d+(/\d+)?", size):
             parser.error(f"--head-dim must be D or D/DV, such as 192/128, got {size!r}")
         for head_dim in size.split("/"):
             if not 1 <= int(head_dim) <= 256:
                 parser.error(f"--head-dim must be in 1..256, got {head_dim}")
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        parser.error(f"--json must name a file in a folder that exists, got {options.json}")
-    options.programs = quick() if options.quick else everything()
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json must name a file in a folder that exists, got {args.json}")
+    args.programs = quick() if args.quick else everything()
     if any(chosen):
-        options.programs = selected(
-            options.arch or list(ARCHITECTURES),
-            options.dtype or list(DTYPES),
-            options.head_dim or list(HEAD_DIMS),
-            options.kernel or list(KERNELS),
+        args.programs = selected(
+            args.arch or list(ARCHITECTURES),
+            args.dtype or list(DTYPES),
+            args.head_dim or list(HEAD_DIMS),
+            args.kernel or list(KERNELS),
         )
-    return options
+    return args
 
 
 def main() -> int:
     """Compiles and reports; 1 if a program is over its budget, 2 if nothing can be compiled."""
-    options = parse()
+    args = parse()
     if reason := missing_tools():
         print(f"python -m bench.machine_code: {reason}", file=sys.stderr)
         return 2
     import triton
 
     budget = Budget.from_file(triton_version=triton.__version__)
-    programs, started, done = options.programs, time.monotonic(), 0
+    programs, started, done = args.programs, time.monotonic(), 0
 
     def tick(report: Report) -> None:
         nonlocal done
@@ -170,12 +170,12 @@ def main() -> int:
             file=sys.stderr,
         )
 
-    reports = compile_all(programs, options.jobs, tick)
+    reports = compile_all(programs, args.jobs, tick)
     seconds = time.monotonic() - started
     print(f"\nTriton {triton.__version__}, {HEADS}/{KV_HEADS} heads. {NOTE}\n\n{table(reports)}\n")
-    if options.json:
-        options.json.write_text(as_json(reports, triton.__version__) + "\n")
-    if options.update_budget:
+    if args.json:
+        args.json.write_text(as_json(reports, triton.__version__) + "\n")
+    if args.update_budget:
         known = {program.label for program in everything()}
         budget = budget.updated(reports).pruned(known | {r.program.label for r in reports})
         budget.write()

@@ -27,20 +27,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prefix-attn") -> i
     """
     whole = parser(prog)
     try:
-        options = whole.parse_args(arguments)
+        args = whole.parse_args(arguments)
     except SystemExit as stop:  # --help, --version and what argparse refuses
         return _finished(prog, int(stop.code or 0))
-    if options.command is None:
+    if args.command is None:
         whole.print_help(sys.stderr)
         return 2
-    name = f"{prog} {options.command}"
+    name = f"{prog} {args.command}"
     try:
         if sys.stdout is None:
             raise UsageError("standard output is closed")
         # Only now is PyTorch imported: help and wrong arguments need none.
-        command = importlib.import_module(f"prefix_attn.cli.{options.command}")
-        results, code = command.run(options)
-        text = json.dumps(results, indent=2) if options.json else command.render(results)
+        command = importlib.import_module(f"prefix_attn.cli.{args.command}")
+        results, code = command.run(args)
+        text = json.dumps(results, indent=2) if args.json else command.render(results)
         return _finished(name, code, text)
     except UsageError as error:
         complain(f"{name}: error: {error}")

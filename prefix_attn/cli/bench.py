@@ -29,7 +29,7 @@ from prefix_attn.cli.costs import case_of
 from prefix_attn.cli.terminal import UsageError, complain, counted, paragraph
 from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
 
-# What a run without options takes, by device. Of one shape given, the rest is that of the first.
+# What a run without arguments takes, by device. Of one shape given, the rest is that of the first.
 CPU_SHAPES = [(512, 128, 8), (1024, 64, 16), (2048, 128, 8)]
 CUDA_SHAPES = [(2048, 512, 16), (8192, 512, 16)]
 CPU_DEFAULTS = {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "fp32"}
@@ -44,10 +44,10 @@ MEMORY_FILE = Path("/proc/meminfo")
 NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Checks and times every case; exit code 1 if a gradient is wrong."""
-    device, cases = _plan(options)
-    deadline = time.monotonic() + 60 * options.minutes
+    device, cases = _plan(args)
+    deadline = time.monotonic() + 60 * args.minutes
     rows: list[dict[str, Any]] = []
     for i, case in enumerate(cases):
         seconds = (deadline - time.monotonic()) / (len(cases) - i)
@@ -166,16 +166,16 @@ def _check_memory(case: Case) -> None:
         )
 
 
-def _plan(options: argparse.Namespace) -> tuple[torch.device, list[Case]]:
-    """The device and the cases that the options ask for."""
+def _plan(args: argparse.Namespace) -> tuple[torch.device, list[Case]]:
+    """The device and the cases that the arguments ask for."""
     has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
-    if options.device == "cuda" and not has_gpu:
+    if args.device == "cuda" and not has_gpu:
         raise UsageError("--device cuda: there is no CUDA device")
-    device = torch.device(options.device or ("cuda" if has_gpu else "cpu"))
+    device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
     on_gpu = device.type == "cuda"
     shapes = CUDA_SHAPES if on_gpu else CPU_SHAPES
     defaults = CUDA_DEFAULTS if on_gpu else CPU_DEFAULTS
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
     if {"prefix", "suffix", "group"} & set(given):
         shapes = shapes[:1]
     cases = []

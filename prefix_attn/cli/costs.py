@@ -1,4 +1,4 @@
-"""The case that options describe, and what its ratios decide."""
+"""The case that arguments describe, and what its ratios decide."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from prefix_attn.cli.terminal import UsageError
 WORTH_RATIO = 1.2
 
 
-def case_of(options: argparse.Namespace) -> Case:
+def case_of(args: argparse.Namespace) -> Case:
     """The case of the lengths, the heads and the type that are given.
 
     Raises:
         UsageError: for what a layout or attention refuses.
     """
-    if options.heads % options.kv_heads:
+    if args.heads % args.kv_heads:
         raise UsageError(
-            f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}"
+            f"--heads must be a multiple of --kv-heads, got {args.heads} and {args.kv_heads}"
         )
-    if not MIN_HEAD_DIM <= options.head_dim <= MAX_HEAD_DIM:
+    if not MIN_HEAD_DIM <= args.head_dim <= MAX_HEAD_DIM:
         raise UsageError(
-            f"--head-dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {options.head_dim}"
+            f"--head-dim must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {args.head_dim}"
         )
-    if not options.prefix + options.suffix:
+    if not args.prefix + args.suffix:
         raise UsageError("--prefix and --suffix are both 0: there are no tokens")
-    lengths = options.prefix, options.suffix, options.group
-    heads = options.heads, options.kv_heads, options.head_dim
+    lengths = args.prefix, args.suffix, args.group
+    heads = args.heads, args.kv_heads, args.head_dim
     try:
-        return Case(*lengths, *heads, DTYPES[options.dtype])
+        return Case(*lengths, *heads, DTYPES[args.dtype])
     except ValueError as error:
         raise UsageError(f"--prefix, --suffix and --group: {error}") from None
 

@@ -40,14 +40,14 @@ COUNTING = (
 HERE = " This measures here:"
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Returns all figures, and exit code 0."""
-    case = case_of(options)
-    if options.intermediate and not options.hidden:
-        raise UsageError(f"--intermediate {options.intermediate} needs --hidden")
-    if options.plot and options.plot.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot must end in {', '.join(PICTURES)}, got {str(options.plot)!r}")
-    layers, hidden, inner = options.layers, options.hidden, None
+    case = case_of(args)
+    if args.intermediate and not args.hidden:
+        raise UsageError(f"--intermediate {args.intermediate} needs --hidden")
+    if args.plot and args.plot.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot must end in {', '.join(PICTURES)}, got {str(args.plot)!r}")
+    layers, hidden, inner = args.layers, args.hidden, None
     forward = _both(*(layers * case.flops(n) for n in (case.repeated_pairs, case.pairs)))
     training = _both(*((1 + BACKWARD) * forward[side] for side in SIDES))
     results: dict[str, Any] = {
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     }
     layer_ratio = None
     if hidden:
-        inner = options.intermediate or 3 * hidden
+        inner = args.intermediate or 3 * hidden
         weights = hidden * (2 * (case.heads_q + case.heads_kv) * case.head_dim + 3 * inner)
         # Forward 2 FLOPs per weight and token, backward 4.
         linear = _both(*(6 * weights * layers * n for n in (case.repeated_tokens, case.tokens)))
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         layer_ratio = whole["ratio"]
         results |= {"linear_training_flops": linear, "layers_training_flops": whole}
     given = ("prefix", "suffix", "group", "heads", "kv_heads", "head_dim", "layers", "dtype")
-    results["shape"] = {name: getattr(options, name) for name in given}
+    results["shape"] = {name: getattr(args, name) for name in given}
     results["shape"] |= {"hidden": hidden, "intermediate": inner}
     results["verdict"] = verdict(case.token_ratio, case.attention_ratio, layer_ratio)
-    if options.plot:
-        draw(case, options.plot)
-        results["plot"] = str(options.plot)
+    if args.plot:
+        draw(case, args.plot)
+        results["plot"] = str(args.plot)
     return results, 0
 
 

@@ -44,7 +44,7 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Returns everything, and exit code 1 if the self-test failed."""
     why_no_gpu, gpus = _why_no_gpu(), []
     if why_no_gpu is None:

@@ -26,18 +26,18 @@ PREVIEW_UNITS = 64
 NAMES_SHOWN = 6
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Reads the file, merges equal prefixes, returns figures and the tree; exit code 0."""
-    if options.depth > MAX_DEPTH:
-        raise UsageError(f"--depth must be at most {MAX_DEPTH}, got {options.depth}")
-    tokenizer = _tokenizer(options.tokenizer) if options.tokenizer else None
-    rollouts = read(options.file, options.column, tokenizer, options.limit)
+    if args.depth > MAX_DEPTH:
+        raise UsageError(f"--depth must be at most {MAX_DEPTH}, got {args.depth}")
+    tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
+    rollouts = read(args.file, args.column, tokenizer, args.limit)
     for number, reason in rollouts.bad[:BAD_SHOWN]:
         complain(f"{rollouts.noun} {number} left out: {reason}")
     if (more := len(rollouts.bad) - BAD_SHOWN) > 0:
         complain(f"{counted(more, f'more {rollouts.noun}')} left out")
     sequences = rollouts.sequences
-    batch = min(options.batch or len(sequences), len(sequences))
+    batch = min(args.batch or len(sequences), len(sequences))
     batches = [sequences[i : i + batch] for i in range(0, len(sequences), batch)]
     sums = np.zeros(4, dtype=np.int64)
     drawing: list[str] = []
@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
             *(tree.num_repeated_pairs, tree.num_pairs),
         ]
         if not i:
-            drawing = _Drawing(tree, ids, rollouts.unit, tokenizer, options.depth).below()
+            drawing = _Drawing(tree, ids, rollouts.unit, tokenizer, args.depth).below()
     repeated, tokens, repeated_pairs, pairs = sums.tolist()
     if not tokens:
-        raise UsageError(f"{options.file}: all {len(sequences)} sequences are empty")
+        raise UsageError(f"{args.file}: all {len(sequences)} sequences are empty")
     return {
-        "file": options.file,
+        "file": args.file,
         "columns": [list(path) for path in rollouts.paths],
         "columns_not_read": rollouts.unread,
         "unit": rollouts.unit,
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "media": rollouts.chat.media,
         "masked_tokens": rollouts.masked,
         "sequences": len(sequences),
-        "batch": options.batch,
+        "batch": args.batch,
         "batches": len(batches),
         "tokens": {"repeated": repeated, "shared": tokens, "ratio": repeated / tokens},
         "attention_pairs": {

@@ -24,13 +24,13 @@ class PassThroughError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """One packed row for a batch of B x L slots.
+    """One packed row for a batch of B x L places.
 
     Attributes:
         layout: of T tokens, on the device of the batch.
-        source_index: (T,) int64, flat slot from which each packed row is taken.
-        row_index: (B, L) int64, packed row of each slot, -1 at padding.
-        tokens_in: slots that are not padding.
+        source_index: (T,) int64, flat place from which each packed row is taken.
+        row_index: (B, L) int64, packed row of each place, -1 at padding.
+        tokens_in: places that are not padding.
     """
 
     layout: PrefixLayout
@@ -47,12 +47,12 @@ class Packing:
         return x.flatten(0, 1)[self.source_index][None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (B, L, ...), zero at padding; gradients are summed over shared slots."""
+        """(T, ...) -> (B, L, ...), zero at padding; a gradient is the sum over its places."""
         return HandBack.apply(x, self.row_index)
 
 
 class HandBack(torch.autograd.Function):
-    """Copies packed rows to the slots that share them; the gradient of a row is their sum.
+    """Copies packed rows to the places that share them; the gradient of a row is their sum.
 
     The sum is taken in float32 or better and does not depend on the order of threads.
     """
@@ -68,13 +68,13 @@ class HandBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """dpacked[r] = sum of dout over the slots of row r."""
+        """dpacked[r] = sum of dout over the places of row r."""
         (row_index,) = ctx.saved_tensors
         shape = grad.shape[2:]
         dtype = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.rows + 1, *shape, dtype=dtype, device=grad.device)
-        slots = torch.where(row_index < 0, ctx.rows, row_index)  # padding has a row of its own
-        total.index_put_((slots,), grad.to(dtype), accumulate=True)
+        at = torch.where(row_index < 0, ctx.rows, row_index)  # padding has a row of its own
+        total.index_put_((at,), grad.to(dtype), accumulate=True)
         return total[:-1].to(grad.dtype), None
 
 
@@ -83,7 +83,7 @@ class Split(Enum):
 
     NEVER: it is one sequence.
     JUMPS: a sequence starts wherever positions do not count on by one, as in transformers' masks.
-    RESTARTS: in a batch of one row a sequence starts at every slot with the smallest position, as
+    RESTARTS: in a batch of one row a sequence starts at every place with the smallest position, as
         in flash attention.
     """
 
@@ -104,7 +104,7 @@ def pack_batch(
 ) -> Packing:
     """Packs a batch if enough of it is shared.
 
-    Two slots share a row if everything up to them is the same: content and positions.
+    Two places share a row if everything up to them is the same: content and positions.
 
     Args:
         content: (B, L) integers that are equal where tokens are.
@@ -147,8 +147,8 @@ def pack_batch(
     if same_range and positions.max() > positions[:, valid].max():
         raise PassThroughError("positions of padding change the rotary frequencies")
 
-    keys = joint_keys([ids, *positions]).ravel()
-    sequences = [torch.from_numpy(keys[a:b]) for a, b in zip(starts, stops, strict=True)]
+    contents = joint_ids([ids, *positions]).ravel()
+    sequences = [torch.from_numpy(contents[a:b]) for a, b in zip(starts, stops, strict=True)]
     layout, _ = PrefixLayout.from_sequences(sequences, device="cpu")
     tokens_in = int(valid.sum())
     # Rows that hold several sequences need a T x T mask without a layout: they always have one.
@@ -160,9 +160,9 @@ def pack_batch(
     row_index = np.full(ids.size, -1, dtype=np.int64)
     for i in reversed(range(len(starts))):  # the first of those that share a row is its source
         rows = layout.sequence_rows(i).numpy()
-        slots = np.arange(starts[i], stops[i])
-        row_index[slots] = rows
-        source_index[rows] = slots
+        places = np.arange(starts[i], stops[i])
+        row_index[places] = rows
+        source_index[rows] = places
     device = content.device
     return Packing(
         layout=layout.to(device),
@@ -181,7 +181,7 @@ def _cuts(positions: np.ndarray, split: Split) -> np.ndarray:
     return np.zeros((len(positions), positions.shape[1] - 1), dtype=bool)
 
 
-def joint_keys(parts: Sequence[np.ndarray]) -> np.ndarray:
+def joint_ids(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Integers that are equal where all parts are: non-negative, of the shape of each part."""
     key, size = np.zeros(parts[0].shape, dtype=np.int64), 1
     for part in parts:
@@ -213,9 +213,9 @@ def content_of(embeddings: Tensor) -> Tensor:
 
 
 def gradient_is_wanted(embeddings: Tensor) -> bool:
-    """Whether the gradients of single slots may be read, not only their sum in parameters.
+    """Whether the gradients of single places may be read, not only their sum in parameters.
 
-    The packed row is taken from the first of the slots that share it, and so is its gradient: that
+    The packed row is taken from the first of the places that share it, and so is its gradient: that
     is right for what all of them were computed from in the same way.
     """
     if not embeddings.requires_grad:
@@ -246,7 +246,7 @@ def _is_watched(x: Tensor) -> bool:
 
 
 def check_content(embeddings: Tensor, packing: Packing) -> None:
-    """Compares the embeddings of every slot with those of its packed row, bit for bit.
+    """Compares the embeddings of every place with those of its packed row, bit for bit.
 
     Raises:
         PassThroughError: if two different embeddings were taken for one.

@@ -505,15 +505,15 @@ def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str
     """Runs the packed row and hands every output back in the layout of the batch."""
     call = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
     position_ids = kwargs.get("position_ids")
-    slots = packing.row_index.shape
+    shape = packing.row_index.shape
     if kwargs.get("inputs_embeds") is None:
         call["input_ids"] = packing.pack(kwargs["input_ids"])
     else:
         call["inputs_embeds"] = packing.pack_features(kwargs["inputs_embeds"])
     if position_ids is None:  # transformers numbers the columns
-        call["position_ids"] = (packing.source_index % slots[1])[None]
+        call["position_ids"] = (packing.source_index % shape[1])[None]
     else:
-        call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *slots))
+        call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *shape))
     call.update(
         attention_mask=PackedMask(packing.layout),
         use_cache=False,
@@ -537,7 +537,7 @@ def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor
     if isinstance(value, Tensor) and id(value) not in handed:
         if value.dim() == 3 and value.shape[:2] == (1, tokens):
             handed[id(value)] = packing.unpack(value[0])
-        elif value.dim() == 2 and value.shape[0] == tokens:  # router logits: slots end to end
+        elif value.dim() == 2 and value.shape[0] == tokens:  # router logits: places end to end
             handed[id(value)] = packing.unpack(value).flatten(0, 1)
     if not isinstance(value, Tensor) or id(value) not in handed:
         raise NotImplementedError(f"the output {name} of a packed row can't be handed back")

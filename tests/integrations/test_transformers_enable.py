@@ -643,7 +643,7 @@ def zeros_that_want_a_gradient(embeds, seen):
     return embeds + delta.view_as(embeds), lambda: delta.grad
 
 
-def a_parameter_for_each_slot(embeds, seen):
+def a_parameter_for_each_place(embeds, seen):
     delta = torch.nn.Parameter(torch.zeros_like(embeds))
     return embeds * 1 + delta, lambda: delta.grad
 
@@ -654,8 +654,8 @@ def a_hook(embeds, seen):
     return embeds, lambda: seen[-1]
 
 
-@pytest.mark.parametrize("how", [zeros_that_want_a_gradient, a_parameter_for_each_slot, a_hook])
-def test_a_gradient_for_each_slot_passes_through(how, model, batch):
+@pytest.mark.parametrize("how", [zeros_that_want_a_gradient, a_parameter_for_each_place, a_hook])
+def test_a_gradient_for_each_place_passes_through(how, model, batch):
     def gradient():
         embeds, read = how(model.get_input_embeddings()(batch["input_ids"]), [])
         logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
