@@ -41,7 +41,7 @@ class Config:
         l2_bytes: second-level cache, for the order in which heads are run.
         forward_descriptors: whether the forward kernel loads K and V by TMA.
         fused: tile of the backward programs that own keys where these add up dQ too, if that pays.
-        bent_window: tile of the backward programs that own keys under a softcap and a window at
+        softcap_window: tile of the backward programs that own keys under a softcap and a window at
             once, if `keys` is too large for that.
     """
 
@@ -53,14 +53,16 @@ class Config:
     processors: int
     forward_descriptors: bool = False
     fused: Tile | None = None
-    bent_window: Tile | None = None
+    softcap_window: Tile | None = None
     l2_bytes: int = 50 << 20
 
-    def keys_for(self, *, fused: bool, bent_window: bool) -> Tile:
+    def keys_for(self, *, fused: bool, softcap_window: bool) -> Tile:
         """The tile of the backward programs that own keys under the options of a call."""
         if fused and self.fused is not None:
             return self.fused
-        return self.bent_window if bent_window and self.bent_window is not None else self.keys
+        return (
+            self.softcap_window if softcap_window and self.softcap_window is not None else self.keys
+        )
 
     def heads_per_section(self, num_kv_heads: int, bytes_per_head: int) -> int:
         """KV heads that run before the others start: as many as half of the cache holds."""
@@ -76,7 +78,7 @@ INTERPRETER = Config(
     backward_warps=4,
     processors=4,
     fused=Tile(16, 32),
-    bent_window=Tile(32, 32),
+    softcap_window=Tile(32, 32),
     l2_bytes=1 << 14,
 )
 
@@ -171,7 +173,7 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
         # sm_100 the former spill outside of it only.
         config = Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
         if is_hopper:
-            config = replace(config, bent_window=Tile(32, 128))
+            config = replace(config, softcap_window=Tile(32, 128))
         if not (is_hopper and descriptors):
             return config
         return replace(

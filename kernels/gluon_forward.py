@@ -4,13 +4,13 @@
 against the dense reference; nothing selects it by itself.
 
 The work list, the grid and the results are those of `forward.py`. A block has three warp
-specialised parts: one warp loads K and V tiles into slots of shared memory (TMA), and two warp
+specialised parts: one warp loads K and V tiles into stages of shared memory (TMA), and two warp
 groups of 64 rows each run the softmax. A warp group starts S of tile i, then O += P V of tile
 i - 1, and turns S into P as soon as the first is done: the tensor cores work on P V meanwhile.
 
-Slots pass hands through barriers: `ready` flips when a load has landed, `free` when both warp
-groups have read it. The round of a slot, i // STAGES, is even or odd: that is the phase to wait
-for. In its first round a slot is free from the start. Two stages are the least: a warp group waits
+Stages pass hands through barriers: `ready` flips when a load has landed, `free` when both warp
+groups have read it. The round of a stage, i // STAGES, is even or odd: that is the phase to wait
+for. In its first round a stage is free from the start. Two stages are the least: a warp group waits
 for V of tile i before it has let go of V of tile i - 1.
 
 Masked tiles come first, so that the first tile needs no loop of its own: the rule that masks them
@@ -83,17 +83,17 @@ def tile_column(i, tiles, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(desc, corner, i, slots, ready, free, STAGES: gl.constexpr):
-    """Starts to load tile i into its slot, once both warp groups have read what was there."""
-    slot = i % STAGES
-    mbarrier.wait(free.index(slot), ((i // STAGES) & 1) ^ 1)
-    mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
-    tma_load(desc, corner, ready.index(slot), slots.index(slot))
+def load_tile(desc, corner, i, stages, ready, free, STAGES: gl.constexpr):
+    """Starts to load tile i into its stage, once both warp groups have read what was there."""
+    stage = i % STAGES
+    mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(stage), desc.block_type.nbytes)
+    tma_load(desc, corner, ready.index(stage), stages.index(stage))
 
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
+    q_desc, k_desc, v_desc, q_tile, k_stages, v_stages, barriers, tiles, num_tiles,
     query0, head, kv_head,
     D: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -104,36 +104,36 @@ def produce(
         mbarrier.expect(q_ready.index(part), q_desc.block_type.nbytes)
         tma_load(q_desc, [query0 + part * ROWS, head * D], q_ready.index(part), q_tile.index(part))
     col = tile_column(0, tiles, BLOCK_N)
-    load_tile(k_desc, [col, kv_head * D], 0, k_slots, k_ready, k_free, STAGES)
+    load_tile(k_desc, [col, kv_head * D], 0, k_stages, k_ready, k_free, STAGES)
     for i in range(num_tiles):
         # Keys are wanted a tile ahead of values.
         next_col = col
         if i + 1 < num_tiles:
             next_col = tile_column(i + 1, tiles, BLOCK_N)
-            load_tile(k_desc, [next_col, kv_head * D], i + 1, k_slots, k_ready, k_free, STAGES)
-        load_tile(v_desc, [col, kv_head * DV], i, v_slots, v_ready, v_free, STAGES)
+            load_tile(k_desc, [next_col, kv_head * D], i + 1, k_stages, k_ready, k_free, STAGES)
+        load_tile(v_desc, [col, kv_head * DV], i, v_stages, v_ready, v_free, STAGES)
         col = next_col
 
 
 @gluon.jit
 def start_scores(
-    i, q, k_slots, k_ready,
+    i, q, k_stages, k_ready,
     ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """Starts S of tile i, without the scale, when its keys are there."""
-    slot = i % STAGES
-    mbarrier.wait(k_ready.index(slot), (i // STAGES) & 1)
+    stage = i % STAGES
+    mbarrier.wait(k_ready.index(stage), (i // STAGES) & 1)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     # S = Q K^T                                                                          (F1)
-    k = k_slots.index(slot).permute((1, 0))
+    k = k_stages.index(stage).permute((1, 0))
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def start_output(i, p, v_slots, acc, STAGES: gl.constexpr):
+def start_output(i, p, v_stages, acc, STAGES: gl.constexpr):
     """Starts to add tile i to O; its values are there."""
     # O' += P V                                                                          (F4)
-    return warpgroup_mma(p, v_slots.index(i % STAGES), acc, is_async=True)
+    return warpgroup_mma(p, v_stages.index(i % STAGES), acc, is_async=True)
 
 
 @gluon.jit
@@ -153,14 +153,14 @@ def mask_scores(i, s, rows, tiles, rule_ptr, BLOCK_N: gl.constexpr, SCORES: gl.c
 
 @gluon.jit
 def step(
-    i, q, p, acc, m_i, l_i, rows, scale_log2, k_slots, v_slots, barriers, tiles, rule_ptr,
+    i, q, p, acc, m_i, l_i, rows, scale_log2, k_stages, v_stages, barriers, tiles, rule_ptr,
     ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Adds tile i - 1 to O, and makes P of tile i and waits for its values."""
     _, k_ready, k_free, v_ready, v_free = barriers
-    s = start_scores(i, q, k_slots, k_ready, ROWS, BLOCK_N, STAGES, SCORES)
-    acc = start_output(i - 1, p, v_slots, acc, STAGES)
+    s = start_scores(i, q, k_stages, k_ready, ROWS, BLOCK_N, STAGES, SCORES)
+    acc = start_output(i - 1, p, v_stages, acc, STAGES)
     # S is done, P V goes on.
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_free.index(i % STAGES), count=1)
@@ -181,13 +181,13 @@ def step(
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
-    p = gl.convert_layout(weights.to(v_slots.dtype), gl.DotOperandLayout(0, OUT, 2))
+    p = gl.convert_layout(weights.to(v_stages.dtype), gl.DotOperandLayout(0, OUT, 2))
     return p, acc, m_ij, l_i
 
 
 @gluon.jit
 def consume(
-    out_ptr, lse_ptr, rule_ptr, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
+    out_ptr, lse_ptr, rule_ptr, q_tile, k_stages, v_stages, barriers, tiles, num_tiles,
     row0, row1, query0, head, num_queries, stride_o_t, stride_o_h, scale_log2,
     PART: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
@@ -204,7 +204,7 @@ def consume(
 
     q = q_tile.index(PART)
     mbarrier.wait(q_ready.index(PART), 0)
-    s = start_scores(0, q, k_slots, k_ready, ROWS, BLOCK_N, STAGES, SCORES)
+    s = start_scores(0, q, k_stages, k_ready, ROWS, BLOCK_N, STAGES, SCORES)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0), count=1)
     if NEGATIVE_SCALE:
@@ -213,7 +213,7 @@ def consume(
     m_i = gl.maximum(gl.max(s, 1), FORBIDDEN)
     weights = gl.exp2(s - m_i[:, None])
     l_i = gl.sum(weights, 1)
-    p = gl.convert_layout(weights.to(v_slots.dtype), gl.DotOperandLayout(0, OUT, 2))
+    p = gl.convert_layout(weights.to(v_stages.dtype), gl.DotOperandLayout(0, OUT, 2))
     # [ROWS, DV]
     acc = gl.zeros([ROWS, DV], gl.float32, OUT)
     mbarrier.wait(v_ready.index(0), 0)
@@ -221,15 +221,15 @@ def consume(
     first_full = gl.maximum(num_masked, 1)
     for i in range(1, first_full):
         p, acc, m_i, l_i = step(
-            i, q, p, acc, m_i, l_i, rows, scale_log2, k_slots, v_slots, barriers, tiles, rule_ptr,
+            i, q, p, acc, m_i, l_i, rows, scale_log2, k_stages, v_stages, barriers, tiles, rule_ptr,
             ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE, True, SCORES, OUT,
         )  # fmt: skip
     for i in range(first_full, num_tiles):
         p, acc, m_i, l_i = step(
-            i, q, p, acc, m_i, l_i, rows, scale_log2, k_slots, v_slots, barriers, tiles, rule_ptr,
+            i, q, p, acc, m_i, l_i, rows, scale_log2, k_stages, v_stages, barriers, tiles, rule_ptr,
             ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE, False, SCORES, OUT,
         )  # fmt: skip
-    acc = start_output(num_tiles - 1, p, v_slots, acc, STAGES)
+    acc = start_output(num_tiles - 1, p, v_stages, acc, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
     # O = O' / l,  LSE = ln 2 (m + log2 l)                                               (F5)
@@ -268,8 +268,8 @@ def gluon_forward_kernel(
         scale_log2 = -scale_log2
 
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
-    k_slots = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-    v_slots = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, DV], v_desc.layout)
+    k_stages = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    v_stages = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, DV], v_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -277,11 +277,11 @@ def gluon_forward_kernel(
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for part in gl.static_range(2):
         mbarrier.init(q_ready.index(part), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(slot), count=1)
-        mbarrier.init(k_free.index(slot), count=2)
-        mbarrier.init(v_ready.index(slot), count=1)
-        mbarrier.init(v_free.index(slot), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_ready.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
 
     barriers = (q_ready, k_ready, k_free, v_ready, v_free)
@@ -292,17 +292,17 @@ def gluon_forward_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                out_ptr, lse_ptr, rule_ptr, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
+                out_ptr, lse_ptr, rule_ptr, q_tile, k_stages, v_stages, barriers, tiles, num_tiles,
                 item.row0, item.row1, item.query0, head, num_queries, stride_o_t, stride_o_h,
                 scale_log2, 0, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
             )),
             (consume, (
-                out_ptr, lse_ptr, rule_ptr, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
+                out_ptr, lse_ptr, rule_ptr, q_tile, k_stages, v_stages, barriers, tiles, num_tiles,
                 item.row0, item.row1, item.query0, head, num_queries, stride_o_t, stride_o_h,
                 scale_log2, 1, DV, ROWS, BLOCK_N, STAGES, NEGATIVE_SCALE,
             )),
             (produce, (
-                q_desc, k_desc, v_desc, q_tile, k_slots, v_slots, barriers, tiles, num_tiles,
+                q_desc, k_desc, v_desc, q_tile, k_stages, v_stages, barriers, tiles, num_tiles,
                 item.query0, head, kv_head, D, DV, ROWS, BLOCK_N, STAGES,
             )),
         ],

@@ -221,7 +221,7 @@ def test_candidates_begin_with_the_present_configuration_and_launch_something_el
     if tuned == "forward":
         assert {config.forward_descriptors for config in found} == {True, False}
     if tuned == tune.FUSED:  # what the backward launches where the order is free
-        launched = {config.keys_for(fused=True, bent_window=False) for config in found}
+        launched = {config.keys_for(fused=True, softcap_window=False) for config in found}
         assert len(launched) == len(found)
 
 

@@ -418,7 +418,7 @@ def layouts(draw: st.DrawFn) -> PrefixLayout:
 @settings(max_examples=40, deadline=None)
 @given(layout=layouts(), stages=st.integers(2, 4), seed=st.integers(0, 2**16))
 def test_gluon_source_matches_reference_on_any_tree(layout, stages, seed):
-    """Small tiles: many rounds of the slots, tiles without listed, own or masked keys."""
+    """Small tiles: many rounds of the stages, tiles without listed, own or masked keys."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         _check(layout, Tile(8, 4, stages), seed=seed, monkeypatch=monkeypatch)
 

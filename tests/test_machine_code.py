@@ -330,7 +330,7 @@ def test_options_under_which_keys_spill_have_tiles_of_their_own():
     plain = Program.from_selection("backward", 90, "bfloat16", 128)
     together = replace(plain, options=programs.COMBINED)
     assert plain.keys == plain.config.keys
-    assert together.keys == plain.config.bent_window != plain.keys
+    assert together.keys == plain.config.softcap_window != plain.keys
     assert replace(together, options=(*together.options, "fused")).keys == plain.config.fused
 
 
@@ -368,7 +368,7 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_blocks_are_powers_of_two(capability, head_dim):
     config = Program.from_selection("backward", capability, "bfloat16", head_dim).config
-    tiles = (config.forward, config.keys, config.queries, config.fused, config.bent_window)
+    tiles = (config.forward, config.keys, config.queries, config.fused, config.softcap_window)
     for tile in filter(None, tiles):
         assert tile.block_m.bit_count() == tile.block_n.bit_count() == 1
 

@@ -149,8 +149,8 @@ class Program:
     @property
     def keys(self) -> Tile:
         """The tile of dK and dV."""
-        bent_window = {"softcap", "window"} <= set(self.options)
-        return self.config.keys_for(fused=self.is_fused, bent_window=bent_window)
+        softcap_window = {"softcap", "window"} <= set(self.options)
+        return self.config.keys_for(fused=self.is_fused, softcap_window=softcap_window)
 
 
 def selected(

@@ -80,8 +80,8 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     config = config_for(q, v)
     fused = config.fused is not None and _any_order(options)
-    bent_window = options.softcap is not None and options.window_size is not None
-    config = replace(config, keys=config.keys_for(fused=fused, bent_window=bent_window))
+    softcap_window = options.softcap is not None and options.window_size is not None
+    config = replace(config, keys=config.keys_for(fused=fused, softcap_window=softcap_window))
     tables = _backward_tables(
         _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device
     )
