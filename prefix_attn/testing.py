@@ -182,8 +182,9 @@ def repeated_attention(
     """Runs every sequence whole, as PyTorch does: what sharing must reproduce.
 
     Without options each sequence is a call of `scaled_dot_product_attention`. With options, and
-    where PyTorch has no fused kernel (D other than DV, a dtype that this processor can't run), it is
-    the formula that models write out, whose products have the dtype and add up in float32 or better.
+    where PyTorch has no fused kernel (D other than DV, or a dtype that this processor can't run), it
+    is the formula that models write out. Its products have the dtype; they add up in float32 or
+    better.
 
     Sequences are computed in `dtype`, gathered and summed in the dtype of q: with float64 tensors
     and another `dtype` the errors are those of one sequence, not of the sum over members. A shared
