@@ -182,7 +182,7 @@ def repeated_attention(
     """Runs every sequence whole, as PyTorch does: what sharing must reproduce.
 
     Without options each sequence is a call of `scaled_dot_product_attention`. With options, and
-    where PyTorch has no fused kernel (D other than DV, or a dtype that this processor can't run), it
+    where PyTorch has no fused kernel (D other than DV, a dtype that this processor can't run), it
     is the formula that models write out. Its products have the dtype; they add up in float32 or
     better.
 
