@@ -7,6 +7,7 @@ from prefix_attn import PrefixLayout, prefix_attention
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 
@@ -29,16 +30,10 @@ if TYPE_CHECKING or not _is_command():
 if TYPE_CHECKING:
     from prefix_attn.integrations.transformers import disable, enable, stats
 
-__all__ = [
-    "PrefixLayout",
-    "__version__",
-    "disable",
-    "enable",
-    "merge_states",
-    "prefix_attention",
-    "stats",
-]
 __version__ = "0.1.0"
+__all__ = ["PrefixLayout", "__version__", "merge_states", "prefix_attention"]
+if TYPE_CHECKING or find_spec("transformers"):  # imported when they are first used
+    __all__ += ["disable", "enable", "stats"]
 _CORE = {"PrefixLayout": "layout", "merge_states": "merge", "prefix_attention": "api"}
 
 
@@ -50,10 +45,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from prefix_attn.integrations import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "transformers":
             raise
         raise ImportError(
-            f"prefix_attn.{name} needs transformers: pip install prefix-attn[hf]"
+            f"prefix_attn.{name} needs transformers 5 or newer ({error}): "
+            "pip install 'transformers>=5', or pip install '.[hf]' in a checkout of prefix_attn"
         ) from error
     return getattr(transformers, name)
+
+
+def __dir__() -> list[str]:
+    """What is here, and what is imported when it is first used."""
+    return sorted({*globals(), *__all__})

@@ -113,6 +113,25 @@ def test_the_host_side_of_layouts_needs_numpy_alone(name, allowed):
     assert {x for x in imported if x.split(".")[0] not in sys.stdlib_module_names} == allowed
 
 
+def test_star_import_and_dir_name_what_can_be_had():
+    code = (
+        "import sys\n"
+        "if {missing}: sys.modules['transformers'] = None\n"
+        "else: sys.modules['transformers'] = types = type(sys)('transformers')\n"
+        "if not {missing}: types.__spec__ = 'found'\n"
+        "import prefix_attn\n"
+        "print(*(name for name in ('enable', 'disable', 'stats') if name in dir(prefix_attn)))\n"
+        "if {missing}:\n"
+        "    from prefix_attn import *\n"
+        "    import inspect\n"
+        "    inspect.getmembers(prefix_attn)\n"
+        "    print(PrefixLayout.__name__, prefix_attention.__name__, 'enable' in globals())\n"
+    )
+    found = run_python(code.format(missing=True))
+    assert found.splitlines() == ["PrefixLayout prefix_attention False"]
+    assert run_python(code.format(missing=False)) == "enable disable stats"
+
+
 def test_import_touches_no_integration_and_no_driver():
     """PyTorch's counter of FLOPs imports Triton itself, which finds its driver when it is asked."""
     code = (

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -55,6 +56,20 @@ LAYOUT_RULES = frozenset(
 )
 
 
+class MaskMaking(threading.local):
+    """How this thread makes masks.
+
+    Attributes:
+        at_once: the batch is known to run as it is, so its masks are built when they are asked for
+            and not by the first layer that needs one: layers may be compiled one by one.
+    """
+
+    at_once: bool = False
+
+
+mask_making = MaskMaking()
+
+
 class PackedMask:
     """Stands in the place of attention_mask in the call of a packed row.
 
@@ -82,6 +97,8 @@ class LazyMask:
         arguments: the keyword arguments with which transformers asked for the mask.
         fallback: "sdpa" or "eager", whose mask it stands for.
         layout: that of the packed row for which the mask was asked, if `enable` runs one.
+        adds_rules: whether more may be seen, or less, than the causal mask, its window and padding
+            say.
     """
 
     ndim = 4  # generation with a static cache prepares masks outside the model and passes them in
@@ -92,27 +109,20 @@ class LazyMask:
         self.arguments = arguments
         self.fallback = fallback
         self.layout = layout
+        self.adds_rules = _adds_rules(arguments)
         self._call_checked = False
+        self._built: tuple[Tensor | None] | None = None
 
-    @cached_property
-    def built(self) -> Tensor | None:
-        """The mask of the fallback, built once for all layers."""
-        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[self.fallback](**self.arguments)
-        return mask
-
-    @cached_property
-    def adds_rules(self) -> bool:
-        """Whether more may be seen, or less, than the causal mask, its window and padding say."""
-        if "allow_is_bidirectional_skip" in self.arguments:
-            return True
-        function = self.arguments.get("mask_function")
-        if function is None or torch.compiler.is_compiling():
-            return bool(self.arguments.get("use_vmap"))
-        return _adds_rules(function)
+    def build(self) -> Tensor | None:
+        """Returns the mask of the fallback, built once for all layers."""
+        # `cached_property` takes a lock before Python 3.12, which torch.compile can't trace.
+        if self._built is None:
+            self._built = (ALL_MASK_ATTENTION_FUNCTIONS[self.fallback](**self.arguments),)
+        return self._built[0]
 
     def contiguous(self) -> Tensor | None:
         """The mask itself, for generation that prepares it outside the model."""
-        return self.built
+        return self.build()
 
     def __getitem__(self, index: Any) -> Any:
         """Slices the mask, as some models do; slices that keep everything keep it lazy."""
@@ -182,7 +192,16 @@ class LazyMask:
             )
 
 
-def _adds_rules(function: Callable[..., Any]) -> bool:
+def _adds_rules(arguments: dict[str, Any]) -> bool:
+    if "allow_is_bidirectional_skip" in arguments:
+        return True
+    function = arguments.get("mask_function")
+    if function is None or torch.compiler.is_compiling():
+        return bool(arguments.get("use_vmap"))
+    return _function_adds_rules(function)
+
+
+def _function_adds_rules(function: Callable[..., Any]) -> bool:
     """Looks through the closures that transformers combines mask functions with."""
     if not inspect.isfunction(function) or function.__module__ != masking_utils.__name__:
         return True
@@ -190,9 +209,9 @@ def _adds_rules(function: Callable[..., Any]) -> bool:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     bound = {variable: cell.cell_contents for variable, cell in cells}
     if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
-        return any(_adds_rules(part) for part in bound["mask_functions"])
+        return any(_function_adds_rules(part) for part in bound["mask_functions"])
     if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-        return _adds_rules(bound["mask_function"])
+        return _function_adds_rules(bound["mask_function"])
     if name == "blockwise_overlay.<locals>.inner_mask":  # images that see all of themselves
         return bool((bound["block_sequence_ids"] >= 0).any())
     return name not in LAYOUT_RULES
@@ -224,7 +243,10 @@ def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
         else arguments["cache_position"].shape[0]  # transformers before 5
     )
     if length == arguments["kv_length"] and length > 1:
-        return LazyMask(arguments, fallback, None)
+        made = LazyMask(arguments, fallback, None)
+        if mask_making.at_once:
+            made.build()
+        return made
     return ALL_MASK_ATTENTION_FUNCTIONS[fallback](**arguments)
 
 
@@ -259,7 +281,7 @@ def _attend(
     if prefix_layout is not None:
         return _attend_packed(module, query, key, value, attention_mask, prefix_layout, options)
     if isinstance(attention_mask, LazyMask):
-        attention_mask = attention_mask.built
+        attention_mask = attention_mask.build()
     assert not isinstance(attention_mask, PackedMask)  # it has a layout
     if fallback == "eager":
         attend = eager_attention_of(module)
@@ -303,7 +325,9 @@ def _attend_packed(
         )
     if options.get("position_bias") is not None:
         raise NotImplementedError(f"{name} adds a position bias, which is not supported")
-    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+    # Beside a mask transformers ignores `is_causal`: GPT-2 passes False then, before version 5.
+    causal = options.get("is_causal") is not False or isinstance(attention_mask, LazyMask)
+    if not causal or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{name} is not causal, which is not supported")
     if options.get("output_attentions"):
         raise NotImplementedError("attention weights (output_attentions) are not computed")

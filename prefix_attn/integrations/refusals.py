@@ -73,6 +73,11 @@ def why_not(backbone: PreTrainedModel) -> str | None:
         return "it does not call transformers' attention interface"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal"
+    if getattr(config, "output_attentions", False):
+        return (
+            "its config asks for output_attentions in every call, which packed rows do not have: "
+            "set config.output_attentions to False first"
+        )
     if getattr(config, "alibi", False):
         return "its attention adds a position bias (ALiBi)"
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":

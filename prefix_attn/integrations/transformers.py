@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from prefix_attn.integrations.attention_interface import (
     SDPA_NAME,
     LazyMask,
     PackedMask,
+    mask_making,
     splits_rows,
 )
 from prefix_attn.integrations.caches import generates, makes_cache, mark_unfilled
@@ -79,7 +80,7 @@ HANDLED = LEFT_OUT | {"input_ids", "inputs_embeds", "attention_mask", "position_
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-_backbones: WeakSet[PreTrainedModel] = WeakSet()  # the decoders that are enabled
+_backbones: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # the decoders that are enabled
 
 
 @dataclass
@@ -118,6 +119,29 @@ class _Enabled:
     parameters: list[str]  # names of forward's parameters, in order
     counts: PackingStats = field(default_factory=PackingStats)
     warned: bool = False
+
+
+class _Weak:
+    """The decoder, for its own forward.
+
+    A strong reference would be a cycle, with which the memory of a deleted model waits for Python's
+    collector. Copied and pickled, it refers to the copy of the decoder.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._reference = weakref.ref(module)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        module = self._reference()
+        if module is None:
+            raise ReferenceError(
+                "the enabled model was deleted, only its forward is left: keep the model"
+            )
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Weak, (self.module,)
 
 
 def enable(
@@ -183,7 +207,7 @@ def enable(
         forward=backbone.__dict__.get("forward"),
         parameters=list(parameters)[1:],
     )
-    backbone.forward = partial(_forward, backbone)  # a bound method would be pickled by name
+    backbone.forward = partial(_forward, _Weak(backbone))
     backbone._replicate_for_data_parallel = _refuse_replicas
     _backbones.add(backbone)
     return model
@@ -273,40 +297,64 @@ def _sharing_config_of(backbone: PreTrainedModel) -> list[PreTrainedModel]:
     return [other for other in _backbones if other.config is backbone.config]
 
 
+# Of an enabled decoder only its own forward is compiled: what comes before and after it depends on
+# each batch anew.
+
+
 @torch.compiler.disable(recursive=False)
-def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _forward(decoder: _Weak, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward after `enable`."""
+    self = decoder.module
     state: _Enabled = self._prefix_attn
     kwargs.update(zip(state.parameters, args, strict=False))
     original = state.forward or MethodType(type(self).forward, self)
-    counts = state.counts
-    counts.calls += 1
-    if not generates(kwargs):
-        if not _runs_ours(self):
-            raise RuntimeError(
-                f"the attention implementation of {type(self).__name__} is "
-                f"{self.config._attn_implementation!r}, which does not know packed rows: it was "
-                "changed after enable, here or in a model with the same config object. Call "
-                "prefix_attn.enable(model) again, or prefix_attn.disable(model)"
-            )
-        if state.check_pending:
-            _check_once(self, state, original, kwargs)
+    packing = _decide(self, state, original, kwargs)
+    if packing is not None:
+        return _as_asked(_run_packed(original, packing, kwargs), self, kwargs)
+    before = mask_making.at_once
+    mask_making.at_once = kwargs.get("prefix_layout") is None
     try:
-        packing = _find_packing(self, kwargs, state.min_ratio, always=state.always)
-    except PassThroughError as reason:
-        counts.passed_through[str(reason)] += 1
-        _warn_if_idle(self, state)
-        if kwargs.get("prefix_layout") is not None and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = kwargs["prefix_layout"].position_ids[None]
         return original(**kwargs)
-    counts.packed_calls += 1
-    counts.tokens_in += packing.tokens_in
-    counts.tokens_run += packing.layout.num_tokens
-    out = mark_unfilled(_run_packed(original, packing, kwargs), self, kwargs)
-    return out.to_tuple() if _wants_tuple(self, kwargs) else out
+    finally:
+        mask_making.at_once = before
 
 
 @torch.compiler.disable
+def _decide(
+    backbone: PreTrainedModel,
+    state: _Enabled,
+    original: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> Packing | None:
+    """Packs the batch of a call, or prepares the call to run as it is; counts both."""
+    counts = state.counts
+    counts.calls += 1
+    if state.check_pending and _runs_ours(backbone) and not generates(kwargs):
+        _check_once(backbone, state, original, kwargs)
+    try:
+        packing = _find_packing(backbone, kwargs, state.min_ratio, always=state.always)
+    except PassThroughError as reason:
+        counts.passed_through[str(reason)] += 1
+        _warn_if_idle(backbone, state)
+        layout = kwargs.get("prefix_layout")
+        if layout is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = layout.position_ids[None]
+        if layout is None:
+            _build_masks(kwargs.get("attention_mask"))
+        return None
+    counts.packed_calls += 1
+    counts.tokens_in += packing.tokens_in
+    counts.tokens_run += packing.layout.num_tokens
+    return packing
+
+
+@torch.compiler.disable
+def _as_asked(out: Any, backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+    """The output of a packed call with a cache and as a tuple, where the caller expects them."""
+    out = mark_unfilled(out, backbone, kwargs)
+    return out.to_tuple() if _wants_tuple(backbone, kwargs) else out
+
+
 def _find_packing(
     backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float, *, always: bool = False
 ) -> Packing:
@@ -314,9 +362,19 @@ def _find_packing(
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     mask, position_ids = _plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
     if kwargs.get("prefix_layout") is not None:
+        if not _runs_ours(backbone):
+            raise RuntimeError(
+                f"the attention implementation of {type(backbone).__name__} is "
+                f"{backbone.config._attn_implementation!r}, which would ignore the prefix_layout: "
+                "it was changed after enable, here or in a model with the same config object. Call "
+                "prefix_attn.enable(model) again"
+            )
         raise PassThroughError("the caller passes a prefix_layout")
     if generates(kwargs):
         raise PassThroughError(GENERATION)
+    if not _runs_ours(backbone):  # chosen by the caller, or for a model with the same config object
+        name = backbone.config._attn_implementation
+        raise PassThroughError(f"attn_implementation is {name!r} since enable")
     if kwargs.get("output_attentions") or getattr(backbone.config, "output_attentions", False):
         raise PassThroughError("output_attentions")
     if kwargs.get("is_causal") is False:
@@ -420,7 +478,6 @@ def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: 
         raise PassThroughError(JUMPS_IN_CACHE if jumps else SINGLE)
 
 
-@torch.compiler.disable
 def _check_once(
     backbone: PreTrainedModel,
     state: _Enabled,
@@ -466,6 +523,13 @@ def _plain_mask(mask: Any) -> Any:
     return first
 
 
+def _build_masks(mask: Any) -> None:
+    """Builds the masks that an outer model made, for a batch that runs as it is."""
+    for one in mask.values() if isinstance(mask, dict) else [mask]:
+        if isinstance(one, LazyMask):
+            one.build()
+
+
 def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
     """(1 or B, L) or (K, 1 or B, L) position ids as (K, B, L)."""
     if position_ids is None:
@@ -503,6 +567,13 @@ def _wants_tuple(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable(recursive=False)
 def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any]) -> Any:
     """Runs the packed row and hands every output back in the layout of the batch."""
+    out = original(**_packed_call(packing, kwargs))
+    return _hand_back_all(out, packing)
+
+
+@torch.compiler.disable
+def _packed_call(packing: Packing, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the packed row."""
     call = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
     position_ids = kwargs.get("position_ids")
     shape = packing.row_index.shape
@@ -520,7 +591,11 @@ def _run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str
         return_dict=True,
         prefix_layout=packing.layout,
     )
-    out = original(**call)
+    return call
+
+
+@torch.compiler.disable
+def _hand_back_all(out: Any, packing: Packing) -> Any:
     handed: dict[int, Tensor] = {}
     for name, value in list(out.items()):
         out[name] = _hand_back(name, value, packing, handed)

@@ -50,7 +50,7 @@ def test_a_layout_gives_the_logits_of_every_sequence(model_type):
 
 def test_no_dense_mask_is_built_for_a_packed_row(monkeypatch):
     model = build(tiny_config("mistral"), attn_implementation="prefix_attn")
-    monkeypatch.setattr(LazyMask, "built", property(lambda _: pytest.fail("a mask was built")))
+    monkeypatch.setattr(LazyMask, "build", lambda _: pytest.fail("a mask was built"))
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda **kw: pytest.fail("a mask was built"))
@@ -212,6 +212,18 @@ def test_options_that_change_attention_are_refused(option, value, message):
     assert layer_call()[0].shape == (1, 6, 4, 16)
     with pytest.raises(NotImplementedError, match=message):
         layer_call(**{option: value})
+
+
+def test_is_causal_means_nothing_beside_a_mask():
+    """As in sdpa."""
+    from prefix_attn.integrations.attention_interface import _attend
+
+    layout = PrefixLayout.from_lengths([3], [[2, 1]])
+    q = torch.randn(1, 4, 6, 16)
+    mask = LazyMask({"q_length": 6, "kv_length": 6}, "sdpa", layout)
+    found = _attend(torch.nn.Identity(), q, q, q, mask, fallback="sdpa", is_causal=False)[0]
+    want = _attend(torch.nn.Identity(), q, q, q, None, fallback="sdpa", prefix_layout=layout)[0]
+    assert torch.equal(found, want)
 
 
 def test_sinks_without_a_layout_need_eager():

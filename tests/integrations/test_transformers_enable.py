@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -183,7 +185,14 @@ def test_without_transformers_enable_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 3
-    assert all("pip install prefix-attn[hf]" in line for line in lines)
+    assert all("pip install 'transformers>=5'" in line for line in lines)
+
+
+def test_star_import_gives_what_needs_transformers():
+    names: dict = {}
+    exec("from prefix_attn import *", names)
+    assert names["enable"] is prefix_attn.enable
+    assert {"disable", "enable", "stats"} <= set(dir(prefix_attn))
 
 
 # ---- on and off ---------------------------------------------------------------------------------
@@ -271,16 +280,102 @@ def test_replicas_for_data_parallel_are_refused(model):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_another_attention_implementation_after_enable_is_refused(name, model, batch):
-    """It would run the packed row as one sequence."""
+def test_another_attention_implementation_after_enable_passes_through(name, model, batch):
+    """Whoever sets it wants it: the batch runs with its bits, and the statistics say so."""
+    model.set_attn_implementation(name)
+    want = model(**batch).logits
     prefix_attn.enable(model, min_ratio=1.0)
     model.set_attn_implementation(name)
-    with pytest.raises(RuntimeError, match=rf"of Qwen3Model is '{name}'.*enable\(model\) again"):
-        model(**batch)
+    assert torch.equal(model(**batch).logits, want)
     model.generate(**batch, max_new_tokens=2)
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls == 0
+    assert counts.passed_through[f"attn_implementation is {name!r} since enable"] == 1
     assert_same_when_enabled(model, batch)
     prefix_attn.disable(model)
     assert model.config._attn_implementation == name
+
+
+def test_a_layout_under_another_attention_implementation_is_refused(model):
+    """It would run the packed row as one sequence."""
+    layout, ids = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    prefix_attn.enable(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"of Qwen3Model is 'sdpa'.*enable\(model\) again"):
+        model(ids[None], prefix_layout=layout, use_cache=False)
+
+
+def test_the_attention_weights_of_eager_come_back_on_demand(batch):
+    """What transformers' own message asks for: set_attn_implementation("eager")."""
+    model = build(tiny_config("qwen3"), attn_implementation="eager")
+    want = model(**batch, output_attentions=True).attentions
+    prefix_attn.enable(model, min_ratio=1.0)
+    with pytest.raises(ValueError, match="set it to 'eager'"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    found = model(**batch).attentions
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_a_config_that_asks_for_attention_weights_is_refused():
+    """Nothing would ever be packed, and transformers would not save the config."""
+    model = build(tiny_config("qwen3", output_attentions=True), attn_implementation="eager")
+    with pytest.raises(NotImplementedError, match=r"set config\.output_attentions to False"):
+        prefix_attn.enable(model)
+    model.config.output_attentions = False
+    prefix_attn.enable(model)
+
+
+def only_enabled(model, batch):
+    prefix_attn.enable(model)
+
+
+def trained(model, batch):
+    prefix_attn.enable(model, min_ratio=1.0, self_check=True)
+    model(**batch).logits.sum().backward()
+    assert prefix_attn.stats(model).packed_calls == 1
+
+
+def passed_through(model, batch):
+    prefix_attn.enable(model, min_ratio=100.0)
+    model(**batch).logits.sum().backward()
+
+
+def generated(model, batch):
+    prefix_attn.enable(model)
+    model.generate(**batch, max_new_tokens=2)
+
+
+def copied(model, batch):
+    copy.deepcopy(prefix_attn.enable(model))
+
+
+def disabled(model, batch):
+    prefix_attn.disable(prefix_attn.enable(model))
+
+
+@pytest.mark.parametrize(
+    "use", [only_enabled, trained, passed_through, generated, copied, disabled]
+)
+def test_a_deleted_model_frees_its_memory_at_once(use, batch):
+    """Without Python's collector, which may come late: the memory is that of a GPU."""
+    model = build(tiny_config("qwen3"))
+    gc.collect()
+    gc.disable()
+    try:
+        use(model, batch)
+        weight = weakref.ref(model.get_decoder().layers[0].mlp.up_proj.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_forward_whose_model_was_deleted_says_so(batch):
+    forward = prefix_attn.enable(build(tiny_config("qwen3")).get_decoder()).forward
+    with pytest.raises(ReferenceError, match="the enabled model was deleted"):
+        forward(**batch)
 
 
 def test_enable_again_takes_up_another_attention_implementation(model, batch):
@@ -936,18 +1031,21 @@ def test_lora(first, model, batch):
     assert deviation(found, want) <= ROUNDING
 
 
+@pytest.mark.parametrize("model_type", ["llama", "nemotron"])
 @pytest.mark.parametrize("what", ["layers", "model"])
-def test_compile(what, batch):
-    """The layers one by one, and the model as a whole; three batches of different shapes."""
+def test_compile(what, model_type, batch):
+    """Three batches of different shapes; Nemotron drops the keyword that holds the layout."""
+    from tests.integrations.test_transformers_exact import EXACT
+
     torch.compiler.reset()
-    model = build(tiny_config("llama"), torch.float32)
+    model = build(tiny_config(model_type, **EXACT[model_type]), torch.float32)
     rows = rows_that_share()
     batches = [pad(rows), pad(rows[:6]), pad(rows[1:], "left")]
     want = [run(model, one) for one in batches]
     prefix_attn.enable(model, min_ratio=1.0)
     if what == "layers":
         for layer in model.get_decoder().layers:
-            layer.compile(backend="aot_eager", dynamic=True)
+            layer.compile(backend="aot_eager", dynamic=True, fullgraph=True)
         compiled = model
     else:
         compiled = torch.compile(model, backend="aot_eager", dynamic=True)
@@ -956,6 +1054,57 @@ def test_compile(what, batch):
         found = {name.removeprefix("_orig_mod."): x for name, x in found.items()}
         assert deviation(found, right) <= ROUNDING * 2**29  # float32
     assert prefix_attn.stats(compiled).packed_calls == 3
+
+
+def batches_of_many_shapes():
+    """Ten: padded on both sides, without a mask, and as rows; two of them share nothing."""
+    generator = torch.Generator().manual_seed(6)
+    batches = []
+    for n in range(10):
+        shared = torch.randint(3, VOCAB, (9 + n,), generator=generator)
+        rows = [
+            torch.cat([shared, torch.randint(3, VOCAB, (2 + (n + i) % 4,), generator=generator)])
+            for i in range(2 + n % 5)
+        ]
+        if n in (4, 7):
+            rows = [row[-4:] for row in rows]
+        batch = as_row(rows) if n % 4 == 3 else pad(rows, "left" if n % 4 == 2 else "right")
+        if n % 4 == 1:
+            del batch["attention_mask"]
+        batches.append(batch)
+    return batches
+
+
+def graphs_of(model, what):
+    """How many graphs are compiled for these batches."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = model
+    if what == "layers":
+        for layer in model.get_decoder().layers:
+            layer.compile(backend=counter, fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend=counter)
+    for batch in batches_of_many_shapes():
+        compiled(**batch, use_cache=False).logits.sum().backward()
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "nemotron"])  # the first has a window
+@pytest.mark.parametrize("what", ["layers", "model"])
+def test_compiling_takes_at_most_four_graphs_more(what, model_type):
+    """Packed batches and those that pass through, whatever their shapes."""
+    from tests.integrations.test_transformers_exact import EXACT
+
+    config = tiny_config(model_type, **EXACT[model_type])
+    ordinary = graphs_of(build(config, torch.float32), what)
+    model = prefix_attn.enable(build(config, torch.float32))
+    assert graphs_of(model, what) <= ordinary + 4
+    counts = prefix_attn.stats(model)
+    assert counts.packed_calls >= 7
+    assert counts.passed_through.total() >= 1
 
 
 def test_autocast_matches_ordinary_autocast(batch):
