@@ -8,13 +8,14 @@ VENV := .venv
 OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
+OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
 	tests/test_options.py tests/test_policy_losses.py tests/test_testing.py
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-oldest bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -52,6 +53,15 @@ $(VERL_VENV)/.stamp: pyproject.toml
 		'tensordict<=0.10' accelerate codetiming datasets dill omegaconf peft pillow ray \
 		pytest hypothesis
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps verl==0.9.1
+	touch $@
+
+# All that pyproject.toml asks for, at the oldest versions that it takes.
+$(OLDEST_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install $(PIP_FLAGS) torch==2.11.0
+	$(OLDEST_VENV)/bin/python -m pip install $(PIP_FLAGS) torch==2.11.0 -e '.[hf,trl]' \
+		transformers==5.5.3 trl==1.16.0 'numpy<2.4' accelerate peft pytest pytest-xdist hypothesis
+	$(OLDEST_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
 	touch $@
 
 dev: $(VENV)/.stamp ## make .venv with everything needed (PYTHON=python3 picks the interpreter)
@@ -92,6 +102,13 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 		tests/integrations/test_transformers_exact.py \
 		tests/integrations/test_transformers_backend.py
 
+test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers and TRL (not in make test)
+	env -u TRITON_INTERPRET $(OLDEST_VENV)/bin/python -m pytest -q -n 2 $(NUMERIC) \
+		tests/test_layout.py tests/test_ops.py tests/test_schedule.py
+	TRITON_INTERPRET=1 $(OLDEST_VENV)/bin/python -m pytest -q -n 2 tests/interpreter/test_options.py
+	$(OLDEST_VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations/test_trl.py \
+		tests/integrations/test_trl_losses.py tests/integrations/test_transformers_*.py
+
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench
 
@@ -124,5 +141,5 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) build dist out site *.egg-info \
+	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(OLDEST_VENV) build dist out site *.egg-info \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,14 +43,16 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"prefix_attn.{_CORE[name]}"), name)
     if name not in ("disable", "enable", "stats"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prefix_attn.integrations import OLDEST_TRANSFORMERS as OLDEST
+
     try:
         from prefix_attn.integrations import transformers
     except ImportError as error:
         if (error.name or "").split(".")[0] != "transformers":
             raise
         raise ImportError(
-            f"prefix_attn.{name} needs transformers 5 or newer ({error}): "
-            "pip install 'transformers>=5', or pip install '.[hf]' in a checkout of prefix_attn"
+            f"prefix_attn.{name} needs transformers {OLDEST} or newer ({error}): pip install "
+            f"'transformers>={OLDEST}', or pip install '.[hf]' in a checkout of prefix_attn"
         ) from error
     return getattr(transformers, name)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from prefix_attn.integrations import OLDEST_TRANSFORMERS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -130,6 +132,12 @@ def test_star_import_and_dir_name_what_can_be_had():
     found = run_python(code.format(missing=True))
     assert found.splitlines() == ["PrefixLayout prefix_attention False"]
     assert run_python(code.format(missing=False)) == "enable disable stats"
+
+
+@pytest.mark.parametrize("path", ["pyproject.toml", "Makefile", "docs/pages/transformers.md"])
+def test_the_oldest_transformers_is_said_alike_everywhere(path):
+    found = re.findall(r"transformers\W+(\d+\.\d+\.\d+)", (ROOT / path).read_text())
+    assert set(found) == {OLDEST_TRANSFORMERS}
 
 
 def test_import_touches_no_integration_and_no_driver():

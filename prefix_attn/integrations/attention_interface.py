@@ -19,14 +19,24 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import prefix_attention
+from prefix_attn.integrations import OLDEST_TRANSFORMERS
 from prefix_attn.integrations.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
+
+if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"transformers {transformers.__version__} is older than {OLDEST_TRANSFORMERS}, the oldest "
+        "that prefix_attn serves",
+        name="transformers",
+    )
 
 # transformers looks for "flash", "sdpa" and "flex_attention" inside names: these hold none.
 SDPA_NAME = "prefix_attn"
@@ -237,12 +247,7 @@ def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
         return mask
     if isinstance(mask, PackedMask):
         return LazyMask({**arguments, "attention_mask": None}, fallback, mask.layout)
-    length = (
-        arguments["q_length"]
-        if "q_length" in arguments
-        else arguments["cache_position"].shape[0]  # transformers before 5
-    )
-    if length == arguments["kv_length"] and length > 1:
+    if arguments["q_length"] == arguments["kv_length"] and arguments["q_length"] > 1:
         made = LazyMask(arguments, fallback, None)
         if mask_making.at_once:
             made.build()
@@ -325,7 +330,7 @@ def _attend_packed(
         )
     if options.get("position_bias") is not None:
         raise NotImplementedError(f"{name} adds a position bias, which is not supported")
-    # Beside a mask transformers ignores `is_causal`: GPT-2 passes False then, before version 5.
+    # Beside a mask transformers ignores `is_causal`.
     causal = options.get("is_causal") is not False or isinstance(attention_mask, LazyMask)
     if not causal or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{name} is not causal, which is not supported")
