@@ -61,6 +61,8 @@ def integers(name: str, values: Any, count: int | None = None) -> list[int]:
 
 def is_integer(value: Any) -> TypeGuard[SupportsIndex]:
     """Whether it is one integer, and no sequence of them."""
+    if isinstance(value, (list, tuple)):  # torch.compile of PyTorch 2.11 can't catch the error
+        return False
     try:
         integer("", value)
     except TypeError:
