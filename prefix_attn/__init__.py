@@ -28,7 +28,7 @@ if TYPE_CHECKING or not _is_command():
     from prefix_attn.layout import PrefixLayout
     from prefix_attn.merge import merge_states
 if TYPE_CHECKING:
-    from prefix_attn.integrations.transformers import disable, enable, stats
+    from prefix_attn.integrations.transformers.enable import disable, enable, stats
 
 __version__ = "0.1.0"
 __all__ = ["PrefixLayout", "__version__", "merge_states", "prefix_attention"]

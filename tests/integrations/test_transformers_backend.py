@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn.integrations.transformers  # noqa: E402
 from prefix_attn import PrefixLayout  # noqa: E402
-from prefix_attn.integrations.attention_interface import LazyMask  # noqa: E402
+from prefix_attn.integrations.transformers.attention import LazyMask  # noqa: E402
 from tests.integrations.test_transformers_enable import ROUNDING  # noqa: E402
 from tests.integrations.test_transformers_exact import MIXED  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
@@ -190,7 +190,7 @@ def test_bidirectional_attention_is_refused():
 
 
 def layer_call(**options):
-    from prefix_attn.integrations.attention_interface import _attend
+    from prefix_attn.integrations.transformers.attention import _attend
 
     layout = PrefixLayout.from_lengths([3], [[2, 1]])
     q = torch.randn(1, 4, 6, 16)
@@ -216,7 +216,7 @@ def test_options_that_change_attention_are_refused(option, value, message):
 
 def test_is_causal_means_nothing_beside_a_mask():
     """As in sdpa."""
-    from prefix_attn.integrations.attention_interface import _attend
+    from prefix_attn.integrations.transformers.attention import _attend
 
     layout = PrefixLayout.from_lengths([3], [[2, 1]])
     q = torch.randn(1, 4, 6, 16)

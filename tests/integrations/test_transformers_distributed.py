@@ -69,7 +69,7 @@ def run_ddp(rank):
 
 def run_ddp_layout(rank):
     """A layout as a keyword of the wrapped model arrives as it is."""
-    from prefix_attn.integrations import attention_interface as interface
+    from prefix_attn.integrations.transformers import attention as interface
 
     seen, attend = [], interface.prefix_attention
     interface.prefix_attention = lambda q, k, v, layout, **kw: (

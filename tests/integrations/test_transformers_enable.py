@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations import OLDEST_TRANSFORMERS  # noqa: E402
-from prefix_attn.integrations.packing import PassThroughError  # noqa: E402
-from prefix_attn.integrations.transformers import WARN_AFTER, _find_packing  # noqa: E402
+from prefix_attn.integrations.transformers.enable import WARN_AFTER, _find_packing  # noqa: E402
+from prefix_attn.integrations.transformers.packing import PassThroughError  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
     KeepDouble,
@@ -694,12 +694,9 @@ def test_embeddings_that_differ_in_one_bit_are_not_shared(model, batch):
 
 
 def test_colliding_checksums_are_noticed(model, batch, monkeypatch):
-    from prefix_attn.integrations import transformers as integration
-
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    monkeypatch.setattr(
-        integration, "content_of", lambda x: torch.zeros(x.shape[:2], dtype=torch.long)
-    )
+    module = sys.modules["prefix_attn.integrations.transformers.enable"]
+    monkeypatch.setattr(module, "content_of", lambda x: torch.zeros(x.shape[:2], dtype=torch.long))
     prefix_attn.enable(model, min_ratio=1.0)
     model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
     assert list(prefix_attn.stats(model).passed_through) == [
@@ -709,7 +706,7 @@ def test_colliding_checksums_are_noticed(model, batch, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_embeddings_that_differ_in_any_one_bit_have_other_checksums(dtype):
-    from prefix_attn.integrations.packing import content_of
+    from prefix_attn.integrations.transformers.packing import content_of
 
     x = torch.randn(1, 1, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -910,7 +907,7 @@ def test_pictures_are_refused_together_with_a_layout():
 
 
 def test_a_mask_that_differs_between_layers_passes_through(model, batch):
-    from prefix_attn.integrations.attention_interface import LazyMask
+    from prefix_attn.integrations.transformers.attention import LazyMask
 
     def lazy(mask):
         return LazyMask({"attention_mask": mask}, "sdpa", None)
@@ -996,7 +993,7 @@ def test_router_logits_come_back_for_every_token(batch):
 
 def test_the_gradient_of_a_shared_row_is_summed_in_float32():
     """Bfloat16 would lose all but the first of many small gradients."""
-    from prefix_attn.integrations.packing import HandBack
+    from prefix_attn.integrations.transformers.packing import HandBack
 
     packed = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     out = HandBack.apply(packed, torch.zeros(1, 513, dtype=torch.long))

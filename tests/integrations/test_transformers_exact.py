@@ -214,7 +214,7 @@ def test_the_comparison_notices_one_wrong_token():
 
 
 def test_every_tested_type_skips_the_self_check():
-    from prefix_attn.integrations.self_check import TESTED_MODEL_TYPES
+    from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES
 
     assert set(EXACT) == TESTED_MODEL_TYPES
 

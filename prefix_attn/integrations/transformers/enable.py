@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.attention_interface import (
+from prefix_attn.integrations.transformers.attention import (
     EAGER_NAME,
     SDPA_NAME,
     LazyMask,
@@ -30,9 +30,9 @@ from prefix_attn.integrations.attention_interface import (
     mask_making,
     splits_rows,
 )
-from prefix_attn.integrations.caches import generates, makes_cache, mark_unfilled
-from prefix_attn.integrations.hooks import check_adapters, check_hooks
-from prefix_attn.integrations.packing import (
+from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
+from prefix_attn.integrations.transformers.hooks import check_adapters, check_hooks
+from prefix_attn.integrations.transformers.packing import (
     SINGLE,
     Packing,
     PassThroughError,
@@ -42,8 +42,8 @@ from prefix_attn.integrations.packing import (
     gradient_is_wanted,
     pack_batch,
 )
-from prefix_attn.integrations.refusals import refuse_unsupported
-from prefix_attn.integrations.self_check import TESTED_MODEL_TYPES, self_check
+from prefix_attn.integrations.transformers.refusals import refuse_unsupported
+from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
 
 MIN_RATIO = 1.2
 WARN_AFTER = 20

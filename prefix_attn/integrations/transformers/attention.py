@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import prefix_attention
 from prefix_attn.integrations import OLDEST_TRANSFORMERS
-from prefix_attn.integrations.labels import check_labels, serve_labels
+from prefix_attn.integrations.transformers.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
 
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
