@@ -3,6 +3,6 @@
 Nothing is imported here: each module imports the library that it serves.
 """
 
-# The oldest that verl takes; the tests pass with it. In 5.0 some decoders lack attributes of their own
-# configs, and outer models hand down keywords that hold tokens.
+# The oldest that verl takes; the tests pass with it. In 5.0 some decoders lack attributes of their
+# own configs, and outer models hand down keywords that hold tokens.
 OLDEST_TRANSFORMERS = "5.5.3"
