@@ -25,16 +25,22 @@ def _is_command() -> bool:
 # Everyone else gets PyTorch's operators registered with the import, as for an exported program.
 if TYPE_CHECKING or not _is_command():
     from prefix_attn.api import prefix_attention
+    from prefix_attn.bins import pack_bins
     from prefix_attn.layout import PrefixLayout
     from prefix_attn.merge import merge_states
 if TYPE_CHECKING:
     from prefix_attn.integrations.transformers.enable import disable, enable, stats
 
 __version__ = "0.1.0"
-__all__ = ["PrefixLayout", "__version__", "merge_states", "prefix_attention"]
+__all__ = ["PrefixLayout", "__version__", "merge_states", "pack_bins", "prefix_attention"]
 if TYPE_CHECKING or find_spec("transformers"):  # imported when they are first used
     __all__ += ["disable", "enable", "stats"]
-_CORE = {"PrefixLayout": "layout", "merge_states": "merge", "prefix_attention": "api"}
+_CORE = {
+    "PrefixLayout": "layout",
+    "merge_states": "merge",
+    "pack_bins": "bins",
+    "prefix_attention": "api",
+}
 
 
 def __getattr__(name: str) -> Any:
