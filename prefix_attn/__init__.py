@@ -29,12 +29,13 @@ if TYPE_CHECKING or not _is_command():
     from prefix_attn.layout import PrefixLayout
     from prefix_attn.merge import merge_states
 if TYPE_CHECKING:
+    from prefix_attn.integrations.micro_groups import micro_groups
     from prefix_attn.integrations.transformers.enable import disable, enable, stats
 
 __version__ = "0.1.0"
 __all__ = ["PrefixLayout", "__version__", "merge_states", "pack_bins", "prefix_attention"]
 if TYPE_CHECKING or find_spec("transformers"):  # imported when they are first used
-    __all__ += ["disable", "enable", "stats"]
+    __all__ += ["disable", "enable", "micro_groups", "stats"]
 _CORE = {
     "PrefixLayout": "layout",
     "merge_states": "merge",
@@ -47,12 +48,13 @@ def __getattr__(name: str) -> Any:
     """Imports what needs transformers when it is first used, and all else in the command line."""
     if name in _CORE:
         return getattr(importlib.import_module(f"prefix_attn.{_CORE[name]}"), name)
-    if name not in ("disable", "enable", "stats"):
+    if name not in ("disable", "enable", "micro_groups", "stats"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from prefix_attn.integrations import OLDEST_TRANSFORMERS as OLDEST
 
+    module = "micro_groups" if name == "micro_groups" else "transformers"
     try:
-        from prefix_attn.integrations import transformers
+        home = importlib.import_module(f"prefix_attn.integrations.{module}")
     except ImportError as error:
         if (error.name or "").split(".")[0] != "transformers":
             raise
@@ -60,7 +62,7 @@ def __getattr__(name: str) -> Any:
             f"prefix_attn.{name} needs transformers {OLDEST} or newer ({error}): pip install "
             f"'transformers>={OLDEST}', or pip install '.[hf]' in a checkout of prefix_attn"
         ) from error
-    return getattr(transformers, name)
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

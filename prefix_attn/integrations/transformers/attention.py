@@ -30,6 +30,7 @@ from prefix_attn.api import prefix_attention
 from prefix_attn.integrations import OLDEST_TRANSFORMERS
 from prefix_attn.integrations.transformers.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.micro import PassLayout
 
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     raise ImportError(
@@ -316,7 +317,10 @@ def _attend_packed(
     scale, dropout = options.pop("scaling", None), options.pop("dropout", 0.0)
     if not isinstance(layout, PrefixLayout):
         raise TypeError(f"prefix_layout must be a PrefixLayout, got {type(layout).__name__}")
-    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens or key.shape[2] != query.shape[2]:
+    if isinstance(layout, PassLayout):  # of micro-groups: the keys of its prefixes are recorded
+        key, value = layout.run.join(module, key, value)
+    fits = query.shape[2] == layout.num_queries and key.shape[2] == layout.num_tokens
+    if query.shape[0] != 1 or not fits:
         raise ValueError(
             f"the prefix_layout has {layout.num_tokens} tokens, so the row must have shape "
             f"(1, {layout.num_tokens}); {name} got queries {tuple(query.shape)} and keys "

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from prefix_attn.integrations.transformers.packing import PassThroughError
 
-# Their hooks move, cast and gather: each token alike.
-HARMLESS_LIBRARIES = frozenset({"torch", "accelerate", "deepspeed"})
+# Their hooks move, cast, gather and hand on: each token alike.
+HARMLESS_LIBRARIES = frozenset({"torch", "accelerate", "deepspeed", "prefix_attn"})
 # Of transformers, PEFT and TRL, and copied into many scripts.
 HARMLESS_NAMES = frozenset(
     {
