@@ -294,6 +294,8 @@ class MicroGroups:
             return self._ordinary(*args, **kwargs)
         kwargs.update(zip(state.parameters, args, strict=False))
         batch = self._checked(kwargs)
+        if batch == 0:
+            refuse_unserved(self._model, backbone)  # again: now what calls the model is known
         if state.check_pending:
             _check_once(backbone, state, self._original, kwargs)
         self._next += 1
@@ -564,6 +566,8 @@ def _why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
         if compiled or type(module).__name__ == "OptimizedModule":
             return f"{type(module).__name__} is compiled, which can't record keys and values"
     inside_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    calling = getattr(DistributedDataParallel, "_active_ddp_module", None)  # during its forward
+    inside_ddp = inside_ddp or calling is not None
     if inside_ddp and _recomputes(backbone, reentrant=True):
         return (
             "DistributedDataParallel with reentrant checkpointing marks parameters twice: pass "

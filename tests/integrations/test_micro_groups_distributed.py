@@ -1,0 +1,160 @@
+"""micro_groups on two processes whose trees differ: DDP, FSDP2, FSDP, and what is refused there."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is missing")
+
+from prefix_attn import micro_groups  # noqa: E402
+from tests.integrations.test_micro_groups import (  # noqa: E402
+    NARROW_ROUNDING,
+    build,
+    cut,
+    gradients,
+    group,
+    loss_of,
+    ordinary,
+    tree,
+)
+from tests.integrations.tiny_models import deviation  # noqa: E402
+
+RANKS = 2
+
+
+def batches(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Five micro-batches: a tree, and a group of which one row is all prefix; both cut anywhere."""
+    if rank == 0:
+        return cut(tree(), [1, 4, 1, 3, 2])
+    members = group(7)
+    return cut([*members[:4], members[0][:11], *members[4:]], [2, 2, 1, 2, 1])
+
+
+def expected() -> dict[str, torch.Tensor]:
+    """The mean over ranks of the gradients of their ordinary micro-batches."""
+    model = build(enabled=False)
+    ordinary(model, [batch for rank in range(RANKS) for batch in batches(rank)])
+    return {name: grad / RANKS for name, grad in gradients(model, [1.0]).items()}
+
+
+def check(model: Any, wrapped: Any, rank: int, *, every: bool) -> None:
+    """One step, with gradients synchronised in every backward or in the last one."""
+    mine = batches(rank)
+    with micro_groups(wrapped, mine, min_tokens=1) as run:
+        assert run.num_prefixes
+        for i, batch in enumerate(mine):
+            last = every or i == len(mine) - 1
+            quiet: Any = nullcontext()
+            if hasattr(wrapped, "set_requires_gradient_sync"):
+                wrapped.set_requires_gradient_sync(last)
+            elif not last:
+                quiet = wrapped.no_sync()
+            with quiet:
+                loss_of(wrapped, batch).backward()
+    want = expected()
+    found = {"logits": want["logits"]}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    assert deviation(found, want) <= NARROW_ROUNDING
+
+
+def run_ddp(rank: int) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    for every, reentrant, options in (
+        (False, None, {}),
+        (True, None, {}),
+        (True, False, {}),
+        (False, None, {"find_unused_parameters": True}),
+    ):
+        model = build()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        check(model, DistributedDataParallel(model, **options), rank, every=every)
+    model = build()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(NotImplementedError, match="with reentrant checkpointing"):
+        micro_groups(wrapped, batches(rank))
+    # The wrapper may not be what micro_groups was given.
+    with pytest.raises(NotImplementedError, match="with reentrant checkpointing"):
+        refused_inside(model, wrapped, batches(rank))
+
+
+def refused_inside(model: Any, wrapped: Any, mine: list[dict[str, torch.Tensor]]) -> None:
+    with micro_groups(model, mine, min_tokens=1):
+        loss_of(wrapped, mine[0])
+
+
+def run_fsdp2(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for every, reentrant, options in (
+        (False, None, {}),
+        (True, None, {"reshard_after_forward": False}),
+        (True, False, {}),
+        (True, True, {}),
+    ):
+        model = build()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for layer in model.get_decoder().layers:
+            fully_shard(layer, **options)
+        fully_shard(model, **options)
+        check(model, model, rank, every=every)
+    fewer = batches(rank)[: 5 - rank]
+    with pytest.raises(ValueError, match=f"announce 4 to 5 micro-batches, this one {5 - rank}"):
+        micro_groups(model, fewer)
+
+
+def run_fsdp1(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = build()
+    layers = {type(model.get_decoder().layers[0])}
+    wrapped = FullyShardedDataParallel(
+        model,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+        auto_wrap_policy=ModuleWrapPolicy(layers),
+    )
+    mine = batches(rank)
+    with micro_groups(wrapped, mine, min_tokens=1):
+        for batch in mine:
+            loss_of(wrapped, batch).backward()
+    want = expected()
+    found = {"logits": want["logits"]}
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        for name, parameter in wrapped.named_parameters():
+            found[name.replace("_fsdp_wrapped_module.", "")] = parameter.grad.clone()
+    assert deviation(found, want) <= NARROW_ROUNDING
+
+
+def worker(rank: int, run: Any, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    try:
+        run(rank)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("run", [run_ddp, run_fsdp2, run_fsdp1])
+def test_micro_groups_on_two_ranks(run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (run, port), nprocs=RANKS)
