@@ -1,16 +1,18 @@
 """What TRL's trainers need beyond `prefix_attn.enable(model)`.
 
 `KeepGroupsMixin` keeps the completions of one prompt in one micro-batch, where they can share it.
+`MicroGroupsMixin` shares it among all micro-batches of a step, which may hold less than a group.
 `serve_tree_attention` runs the prefix tries of AsyncGRPO in `prefix_attention`.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prefix_attn.integrations.micro_groups import MicroGroups, micro_groups
 from prefix_attn.integrations.transformers.attention import SDPA_NAME
 from prefix_attn.layout import PrefixLayout
 
@@ -80,6 +83,72 @@ class KeepGroupsMixin:
                 "right, only fewer prompts are shared within a micro-batch"
             )
         return function
+
+
+class MicroGroupsMixin(KeepGroupsMixin):
+    """Makes a TRL trainer run each prompt once for all micro-batches of an optimizer step.
+
+    The micro-batches of a step are announced to `prefix_attn.micro_groups`. So a micro-batch may
+    hold less than a group, and the memory of a step does not grow with the group. Put this class
+    in front of GRPO or RLOO, and enable the trainer's model before `train`:
+
+        class Trainer(MicroGroupsMixin, GRPOTrainer):
+            pass
+
+    Attributes:
+        micro_group_options: keyword arguments of `micro_groups`, such as `{"offload": True}`.
+    """
+
+    micro_group_options: ClassVar[dict[str, Any]] = {}
+    _micro_groups: MicroGroups | None = None
+    _left_in_block = 0  # micro-batches
+    _left_in_step = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; the last one that was announced ends the block of `micro_groups`."""
+        try:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self._end_micro_groups(*sys.exc_info())
+            raise
+        self._left_in_block -= 1
+        self._left_in_step -= 1
+        if not self._left_in_block:
+            self._end_micro_groups()
+        return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._micro_groups is None:  # type: ignore[attr-defined]
+            announced = self._announced()
+            run = micro_groups(self.model_wrapped, announced, **self.micro_group_options)  # type: ignore[attr-defined]
+            self._micro_groups, self._left_in_block = run.__enter__(), len(announced)
+        return inputs
+
+    def _announced(self) -> list[dict[str, Tensor]]:
+        """The micro-batches that are left of this optimizer step, up to the next generation."""
+        trainer: Any = self
+        self._left_in_step = self._left_in_step or trainer.current_gradient_accumulation_steps
+        step, every = trainer._step, trainer.args.steps_per_generation
+        left = every * trainer.num_iterations - step % (every * trainer.num_iterations)
+        count = min(self._left_in_step, left)
+        batches = [trainer._buffered_inputs[(step + i) % every] for i in range(count)]
+        return [
+            {
+                "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                "attention_mask": torch.cat(
+                    [batch["prompt_mask"], batch["completion_mask"]], dim=1
+                ),
+            }
+            for batch in batches
+        ]
+
+    def _end_micro_groups(self, *error: Any) -> None:
+        run, self._micro_groups = self._micro_groups, None
+        if error:
+            self._left_in_step = 0
+        if run is not None:
+            run.__exit__(*(error or (None, None, None)))
 
 
 def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
