@@ -19,7 +19,7 @@ from torch import Tensor
 import prefix_attn
 from bench.tables import markdown
 
-PROMPT, RESPONSE, AT_A_TIME = 512, 64, 4
+PROMPT, COMPLETION, AT_A_TIME = 512, 64, 4
 MEMBERS = (8, 16, 32, 64)
 VOCABULARY = 1000
 HEADER = (
@@ -99,8 +99,8 @@ def group_in(batches: int, members: int) -> list[dict[str, Tensor]]:
     """One group as micro-batches of equal size."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(VOCABULARY, (PROMPT,), generator=generator)
-    responses = torch.randint(VOCABULARY, (members, RESPONSE), generator=generator)
-    ids = torch.cat([prompt.expand(members, -1), responses], dim=1)
+    completions = torch.randint(VOCABULARY, (members, COMPLETION), generator=generator)
+    ids = torch.cat([prompt.expand(members, -1), completions], dim=1)
     return [{"input_ids": part} for part in ids.chunk(batches)]
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING or not _is_command():
     from prefix_attn.layout import PrefixLayout
     from prefix_attn.merge import merge_states
 if TYPE_CHECKING:
-    from prefix_attn.integrations.micro_groups import micro_groups
     from prefix_attn.integrations.transformers.enable import disable, enable, stats
+    from prefix_attn.integrations.transformers.micro_groups import micro_groups
 
 __version__ = "0.1.0"
 __all__ = ["PrefixLayout", "__version__", "merge_states", "pack_bins", "prefix_attention"]
@@ -52,9 +52,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from prefix_attn.integrations import OLDEST_TRANSFORMERS as OLDEST
 
-    module = "micro_groups" if name == "micro_groups" else "transformers"
     try:
-        home = importlib.import_module(f"prefix_attn.integrations.{module}")
+        from prefix_attn.integrations import transformers
     except ImportError as error:
         if (error.name or "").split(".")[0] != "transformers":
             raise
@@ -62,7 +61,7 @@ def __getattr__(name: str) -> Any:
             f"prefix_attn.{name} needs transformers {OLDEST} or newer ({error}): pip install "
             f"'transformers>={OLDEST}', or pip install '.[hf]' in a checkout of prefix_attn"
         ) from error
-    return getattr(home, name)
+    return getattr(transformers, name)
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ where another pass reads it. `Barrier` stands at the embeddings of a block's las
 graph the block is part of: what lies below it waits until every layer above has left its gradients.
 So there is one ordinary backward for each micro-batch, and no other.
 
-This file knows tensors and layouts; `prefix_attn.integrations.micro_groups` runs a model with it.
+This file knows tensors and layouts; `integrations.transformers.micro_groups` runs a model with it.
 """
 
 from __future__ import annotations

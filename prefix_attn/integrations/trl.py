@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prefix_attn.integrations.micro_groups import MicroGroups, micro_groups
 from prefix_attn.integrations.transformers.attention import SDPA_NAME
+from prefix_attn.integrations.transformers.micro_groups import MicroGroups, micro_groups
 from prefix_attn.layout import PrefixLayout
 
 TREE_ARGUMENTS = {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import prefix_attn
 from bench.micro_groups import SavedBytes
@@ -61,7 +62,7 @@ def cut(rows: list[Tensor], sizes: list[int], kind: str = "right") -> list[dict[
     return batches
 
 
-def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def loss_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return tiny_models.loss_of(model(**batch, use_cache=False), batch.get("attention_mask"))
 
 
@@ -71,7 +72,7 @@ def gradients(model: Any, losses: list[float]) -> dict[str, Tensor]:
     return {"logits": torch.tensor(losses, dtype=torch.float64), **found}
 
 
-def ordinary(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def ordinary(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     losses = []
     for batch in batches:
         loss = loss_of(model, batch)

@@ -21,15 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.transformers.attention import PackedMask
-from prefix_attn.integrations.transformers.caches import mark_unfilled
 from prefix_attn.integrations.transformers.enable import (
     HANDLED,
     ROW_KEYWORDS,
+    _as_asked,
     _check_once,
     _decoder,
     _find_packing,
     _rope_reads_range,
-    _wants_tuple,
 )
 from prefix_attn.integrations.transformers.packing import (
     HandBack,
@@ -310,8 +309,7 @@ class MicroGroups:
         counts.packed_calls += 1
         counts.tokens_in += sum(len(slots) for slots in self._slots[batch])
         counts.tokens_run += ran + self._plan.passes[batch].num_tokens
-        out = mark_unfilled(out, backbone, kwargs)
-        return out.to_tuple() if _wants_tuple(backbone, kwargs) else out
+        return _as_asked(out, backbone, kwargs)
 
     def _checked(self, kwargs: dict[str, Any]) -> int:
         """The number of the micro-batch that runs.
