@@ -86,6 +86,7 @@ def compare(
     *,
     size: float = 0.0,
     growth: float = 1.0,
+    factors: int = 1,
     dtype: torch.dtype | None = None,
     rows: slice | None = None,
 ) -> Comparison:
@@ -103,8 +104,8 @@ def compare(
       error is at most one rounding u of the result, and it is one of `rows`;
     * another order of summation. The rounding errors of n terms grow like sqrt(n) a (Higham and
       Mary, A new approach to probabilistic rounding error analysis, 2019): `growth` is that root;
-    * elements larger than others: the largest of n normal values is about `peak = sqrt(2 ln n)`
-      times their root mean square.
+    * elements larger than others: the largest of n products of m normal values is about
+      `peak = (2/m ln n)^(m/2)` times their root mean square.
 
     Args:
         name: what is compared.
@@ -114,6 +115,7 @@ def compare(
         size: root mean square of the terms that are added up, where they cancel; at least that of
             `exact` is taken.
         growth: square root of the number of terms.
+        factors: m, how many inputs are multiplied in the error of a term.
         dtype: of the values that are rounded, that of `actual` by default. Its unit roundoff is u;
             a is that of the accumulator, float32 or better.
         rows: only these are compared.
@@ -127,7 +129,7 @@ def compare(
     error, budget = (x.detach().double() - exact for x in (actual, pytorch))
     count = max(1, exact[..., 0].numel() if exact.dim() > 2 else exact.numel())
     size = max(size, _rms(exact))
-    peak = max(1.0, math.sqrt(2 * math.log(max(1, exact.numel()))))
+    peak = max(1.0, (2 / factors * math.log(max(1, exact.numel()))) ** (factors / 2))
     rounding = accumulator * growth
     return Comparison(
         name=name,
@@ -482,7 +484,7 @@ def _terms(layout: PrefixLayout, inputs: Inputs, scale: float) -> dict[str, dict
 
     With S = scale Q K^T, dP = dO V^T and dS = P (dP - delta): an element of O is a weighted mean of
     those of V, one of dV a weighted sum of those of dO, one of dQ of those of dS K. An error of S
-    stands in an exponent: it multiplies the others.
+    stands in an exponent: it multiplies the others, and brings the two factors of S.
     """
     q, k, v, dout = (_rms(x) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     dtype = inputs.q.dtype
@@ -496,16 +498,16 @@ def _terms(layout: PrefixLayout, inputs: Inputs, scale: float) -> dict[str, dict
     starts = torch.repeat_interleave(start.long(), layout.cu_seqlens.diff().long())
     seen = max(1, min(rows, int((layout.subtree_end - starts).max()))) if len(starts) else 1
 
-    def terms(size: float, number: int) -> dict[str, Any]:
-        return {"size": size, "growth": scores * math.sqrt(number)}
+    def terms(size: float, number: int, factors: int) -> dict[str, Any]:
+        return {"size": size, "growth": scores * math.sqrt(number), "factors": factors}
 
     return {
-        "out": terms(v, keys + d),
-        "lse": terms(scores, keys + d),
-        "dq": terms(abs(scale) * dp * k, keys + d + dv),
-        "dk": terms(abs(scale) * dp * q, seen + d + dv),
-        "dv": terms(dout, seen + d),
-        "dsinks": terms(dp, rows + d + dv) | {"dtype": dtype},
+        "out": terms(v, keys + d, 3),
+        "lse": terms(scores, keys + d, 2),
+        "dq": terms(abs(scale) * dp * k, keys + d + dv, 5),
+        "dk": terms(abs(scale) * dp * q, seen + d + dv, 5),
+        "dv": terms(dout, seen + d, 3),
+        "dsinks": terms(dp, rows + d + dv, 4) | {"dtype": dtype},
     }
 
 

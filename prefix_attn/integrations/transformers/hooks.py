@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from prefix_attn.integrations.transformers.packing import PassThroughError
 
 # Their hooks move, cast, gather and hand on: each token alike.
-HARMLESS_LIBRARIES = frozenset({"torch", "accelerate", "deepspeed", "prefix_attn"})
+HARMLESS_LIBRARIES = (
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "prefix_attn",
+    "transformers.distributed",
+    "transformers.integrations.tensor_parallel",  # where it was before
+)
 # Of transformers, PEFT and TRL, and copied into many scripts.
 HARMLESS_NAMES = frozenset(
     {
@@ -56,7 +63,7 @@ def check_adapters(backbone: PreTrainedModel) -> None:
         return
     for module in backbone.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if _library_of(hook) == "peft" and _name_of(hook) not in HARMLESS_NAMES:
+            if _is_of(hook, "peft") and _name_of(hook) not in HARMLESS_NAMES:
                 words = ", ".join(hook.keywords) if isinstance(hook, partial) else ""
                 raise PassThroughError(f"PEFT's adapters see rows: {words or _name_of(hook)}")
 
@@ -90,11 +97,13 @@ def _is_harmless(hook: Callable[..., Any], module: torch.nn.Module) -> bool:
     name = _name_of(hook)
     if name == NEFTUNE:
         return not module.training
-    return name in HARMLESS_NAMES or _library_of(hook) in HARMLESS_LIBRARIES
+    return name in HARMLESS_NAMES or any(_is_of(hook, x) for x in HARMLESS_LIBRARIES)
 
 
-def _library_of(hook: Callable[..., Any]) -> str:
-    return str(getattr(_function_of(hook), "__module__", "")).split(".")[0]
+def _is_of(hook: Callable[..., Any], library: str) -> bool:
+    """Whether a hook's function is defined in a library or in a module of it."""
+    module = str(getattr(_function_of(hook), "__module__", ""))
+    return module == library or module.startswith(f"{library}.")
 
 
 def _name_of(hook: Callable[..., Any]) -> str:
