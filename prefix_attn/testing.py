@@ -87,12 +87,13 @@ def compare(
     size: float = 0.0,
     growth: float = 1.0,
     factors: int = 1,
+    rounded: float = 0.0,
     dtype: torch.dtype | None = None,
     rows: slice | None = None,
 ) -> Comparison:
     """Holds a result against float64: it may be twice as far from it as PyTorch is.
 
-        rms(actual - exact) <= 2 rms(pytorch - exact) + (u / sqrt(rows) + a growth) size
+        rms(actual - exact) <= 2 rms(pytorch - exact) + (u / sqrt(rows) + a growth) size + u rounded
         max|actual - exact| <= 2 max|pytorch - exact| + (u + a growth) max(|exact|, peak size)
 
     The root mean square is the judge: it does not hang on one element, so it is the same on every
@@ -105,7 +106,8 @@ def compare(
     * another order of summation. The rounding errors of n terms grow like sqrt(n) a (Higham and
       Mary, A new approach to probabilistic rounding error analysis, 2019): `growth` is that root;
     * elements larger than others: the largest of n products of m normal values is about
-      `peak = (2/m ln n)^(m/2)` times their root mean square.
+      `peak = (1 + 2/m ln n)^(m/2)` times their root mean square;
+    * what only some kernels round: `rounded` is the size of it.
 
     Args:
         name: what is compared.
@@ -116,6 +118,7 @@ def compare(
             `exact` is taken.
         growth: square root of the number of terms.
         factors: m, how many inputs are multiplied in the error of a term.
+        rounded: root mean square of what the kernel rounds to the dtype, and PyTorch need not.
         dtype: of the values that are rounded, that of `actual` by default. Its unit roundoff is u;
             a is that of the accumulator, float32 or better.
         rows: only these are compared.
@@ -129,14 +132,14 @@ def compare(
     error, budget = (x.detach().double() - exact for x in (actual, pytorch))
     count = max(1, exact[..., 0].numel() if exact.dim() > 2 else exact.numel())
     size = max(size, _rms(exact))
-    peak = max(1.0, (2 / factors * math.log(max(1, exact.numel()))) ** (factors / 2))
+    peak = (1 + 2 / factors * math.log(max(1, exact.numel()))) ** (factors / 2)
     rounding = accumulator * growth
     return Comparison(
         name=name,
         rows=rows,
         error=_rms(error),
         pytorch=_rms(budget),
-        limit=2 * _rms(budget) + (unit / math.sqrt(count) + rounding) * size,
+        limit=2 * _rms(budget) + (unit / math.sqrt(count) + rounding) * size + unit * rounded,
         largest=_largest(error),
         pytorch_largest=_largest(budget),
         largest_limit=2 * _largest(budget) + (unit + rounding) * max(_largest(exact), peak * size),
@@ -184,9 +187,9 @@ def repeated_attention(
     """Runs every sequence whole, as PyTorch does: what sharing must reproduce.
 
     Without options each sequence is a call of `scaled_dot_product_attention`. With options, and
-    where PyTorch has no fused kernel (D other than DV, a dtype that this processor can't run), it
-    is the formula that models write out. Its products have the dtype; they add up in float32 or
-    better.
+    where PyTorch has no fused kernel (D other than DV, a scale that is not positive, a dtype that
+    this processor can't run), it is the formula that models write out. Its products have the dtype;
+    they add up in float32 or better.
 
     Sequences are computed in `dtype`, gathered and summed in the dtype of q: with float64 tensors
     and another `dtype` the errors are those of one sequence, not of the sum over members. A shared
@@ -212,6 +215,8 @@ def repeated_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     plain = window_size is None and softcap is None and sinks is None and prefix_causal
     plain = plain and not return_lse and q.shape[2] == v.shape[2] and _sdpa_runs(dtype, q.device)
+    # PyTorch's causal kernels multiply the scores that they hide, -inf, by the scale.
+    plain = plain and scale >= torch.finfo(torch.float32).tiny
     query_of = torch.full((layout.num_tokens,), -1, device=q.device)
     query_of[layout.query_rows] = torch.arange(layout.num_queries, device=q.device)
     segment_of = torch.arange(layout.num_segments, device=q.device).repeat_interleave(
@@ -421,7 +426,7 @@ def compare_attention(
     if pytorch is None:
         repeated = partial(repeated_attention, layout=layout, dtype=inputs.q.dtype, **options)
         pytorch = attention_results(repeated, wide)
-    terms = _terms(layout, inputs, scale)
+    terms = _terms(layout, inputs, scale, exact["out"])
     comparisons = []
     for name, value in actual.items():
         # lse is (Hq, T): rows first, like the others.
@@ -479,12 +484,15 @@ def assert_all(comparisons: list[Comparison]) -> None:
         raise AssertionError("; ".join(wrong))
 
 
-def _terms(layout: PrefixLayout, inputs: Inputs, scale: float) -> dict[str, dict[str, Any]]:
+def _terms(
+    layout: PrefixLayout, inputs: Inputs, scale: float, out: Tensor
+) -> dict[str, dict[str, Any]]:
     """Size and number of the terms of each result, for `compare`.
 
     With S = scale Q K^T, dP = dO V^T and dS = P (dP - delta): an element of O is a weighted mean of
     those of V, one of dV a weighted sum of those of dO, one of dQ of those of dS K. An error of S
-    stands in an exponent: it multiplies the others, and brings the two factors of S.
+    stands in an exponent: it multiplies the others, and brings the two factors of S. A flash kernel
+    takes delta from the rounded output; the formula that models write out does not.
     """
     q, k, v, dout = (_rms(x) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     dtype = inputs.q.dtype
@@ -498,16 +506,19 @@ def _terms(layout: PrefixLayout, inputs: Inputs, scale: float) -> dict[str, dict
     starts = torch.repeat_interleave(start.long(), layout.cu_seqlens.diff().long())
     seen = max(1, min(rows, int((layout.subtree_end - starts).max()))) if len(starts) else 1
 
-    def terms(size: float, number: int, factors: int) -> dict[str, Any]:
-        return {"size": size, "growth": scores * math.sqrt(number), "factors": factors}
+    def terms(size: float, number: int, factors: int, rounded: float = 0.0) -> dict[str, Any]:
+        growth = scores * math.sqrt(number)
+        return {"size": size, "growth": growth, "factors": factors, "rounded": rounded}
+
+    delta = math.sqrt(dv) * dout * _rms(out)
 
     return {
         "out": terms(v, keys + d, 3),
         "lse": terms(scores, keys + d, 2),
-        "dq": terms(abs(scale) * dp * k, keys + d + dv, 5),
-        "dk": terms(abs(scale) * dp * q, seen + d + dv, 5),
+        "dq": terms(abs(scale) * dp * k, keys + d + dv, 5, abs(scale) * delta * k),
+        "dk": terms(abs(scale) * dp * q, seen + d + dv, 5, abs(scale) * delta * q),
         "dv": terms(dout, seen + d, 3),
-        "dsinks": terms(dp, rows + d + dv, 4) | {"dtype": dtype},
+        "dsinks": terms(dp, rows + d + dv, 4, delta) | {"dtype": dtype},
     }
 
 
