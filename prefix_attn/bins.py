@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from prefix_attn.forest import Forest
-from prefix_attn.layout import _int_array, _shown
+from prefix_attn.layout import int_array, shown
 from prefix_attn.radix import find_prefixes
 
 
@@ -51,8 +51,8 @@ def pack_bins(
         [[0, 3], [2, 1]]
     """
     if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Iterable):
-        raise ValueError(f"sequences must be lists of token ids, got {_shown(sequences)}")
-    arrays = [_int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
+        raise ValueError(f"sequences must be lists of token ids, got {shown(sequences)}")
+    arrays = [int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
     _check_positive("max_tokens", max_tokens)
     if num_bins is not None:
         _check_positive("num_bins", num_bins)

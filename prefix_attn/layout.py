@@ -97,7 +97,7 @@ class PrefixLayout:
             >>> layout.num_tokens, layout.num_groups, layout.num_sequences
             (12, 2, 3)
         """
-        prefixes = _int_array("prefix_lens", prefix_lens)
+        prefixes = int_array("prefix_lens", prefix_lens)
         if not _is_list(suffix_lens):
             raise ValueError(
                 "suffix_lens must be a sequence of sequences of lengths, one per group, got "
@@ -108,7 +108,7 @@ class PrefixLayout:
                 "prefix_lens and suffix_lens must have one entry per group, got "
                 f"{len(prefixes)} prefixes and {len(suffix_lens)} groups of suffixes"
             )
-        members = [_int_array(f"suffix_lens[{g}]", s) for g, s in enumerate(suffix_lens)]
+        members = [int_array(f"suffix_lens[{g}]", s) for g, s in enumerate(suffix_lens)]
         sizes = np.array([1 + len(m) for m in members], dtype=np.int64)
         roots = np.cumsum(sizes) - sizes
         parents = np.repeat(roots, sizes)
@@ -141,8 +141,8 @@ class PrefixLayout:
             >>> layout.position_ids.tolist()
             [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
         """
-        length_array = _int_array("lengths", lengths)
-        parent_array = _int_array("parents", parents, least=-1)
+        length_array = int_array("lengths", lengths)
+        parent_array = int_array("parents", parents, least=-1)
         return cls._from_forest(Forest.from_tree(length_array, parent_array), device)
 
     @classmethod
@@ -168,8 +168,8 @@ class PrefixLayout:
             ([5, 6, 7, 8, 9, 1], [5, 6, 8, 9])
         """
         if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Iterable):
-            raise ValueError(f"sequences must be lists of token ids, got {_shown(sequences)}")
-        arrays = [_int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
+            raise ValueError(f"sequences must be lists of token ids, got {shown(sequences)}")
+        arrays = [int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
         forest = find_prefixes(arrays)
         layout = cls._from_forest(forest, device)
         packed = np.empty(forest.num_tokens, dtype=np.int64)
@@ -225,7 +225,7 @@ class PrefixLayout:
         device = input_ids.device if device is None else device
         ids, mask = torch.stack([input_ids.long(), (attention_mask != 0).long()]).cpu().numpy()
         places = [np.flatnonzero(row) for row in mask]
-        arrays = [_int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(places)]
+        arrays = [int_array(f"input_ids[{i}]", ids[i, s]) for i, s in enumerate(places)]
         forest = find_prefixes(arrays)
         layout = cls._from_forest(forest, device)
         source_index = np.empty(forest.num_tokens, dtype=np.int64)
@@ -315,7 +315,7 @@ class PrefixLayout:
             >>> layout.num_tokens, layout.query_rows.tolist()
             (6, [3, 4, 5])
         """
-        chosen = _int_array("segments", segments)
+        chosen = int_array("segments", segments)
         beyond = chosen[chosen >= self.num_segments]
         if beyond.size:
             raise ValueError(
@@ -401,7 +401,7 @@ class PrefixLayout:
         """
         if not _is_list(sequences) and not (isinstance(sequences, Tensor) and sequences.dim()):
             raise ValueError(
-                f"sequences must be a list of tensors, one per sequence, got {_shown(sequences)}"
+                f"sequences must be a list of tensors, one per sequence, got {shown(sequences)}"
             )
         if len(sequences) != self.num_sequences:
             raise ValueError(f"expected {self.num_sequences} sequences, got {len(sequences)}")
@@ -566,21 +566,21 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value as a message shows it: some of it, where it is long."""
     return reprlib.repr(value)
 
 
-def _int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
+def int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
     """Checks integers against `least` and returns them as int64."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     try:
         raw = np.asarray(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} must be a flat list of integers, got {_shown(values)}") from error
+        raise ValueError(f"{name} must be a flat list of integers, got {shown(values)}") from error
     if raw.ndim != 1:
-        raise ValueError(f"{name} must be a flat list of integers, got {_shown(values)}")
+        raise ValueError(f"{name} must be a flat list of integers, got {shown(values)}")
     if raw.size == 0:
         return np.empty(0, dtype=np.int64)
     if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= INT64_MAX:

@@ -19,7 +19,8 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations import OLDEST_TRANSFORMERS  # noqa: E402
-from prefix_attn.integrations.transformers.enable import WARN_AFTER, _find_packing  # noqa: E402
+from prefix_attn.integrations.transformers.calls import find_packing  # noqa: E402
+from prefix_attn.integrations.transformers.enable import WARN_AFTER  # noqa: E402
 from prefix_attn.integrations.transformers.packing import PassThroughError  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
@@ -695,7 +696,7 @@ def test_embeddings_that_differ_in_one_bit_are_not_shared(model, batch):
 
 def test_colliding_checksums_are_noticed(model, batch, monkeypatch):
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    module = sys.modules["prefix_attn.integrations.transformers.enable"]
+    module = sys.modules["prefix_attn.integrations.transformers.calls"]
     monkeypatch.setattr(module, "content_of", lambda x: torch.zeros(x.shape[:2], dtype=torch.long))
     prefix_attn.enable(model, min_ratio=1.0)
     model(inputs_embeds=embeds, attention_mask=batch["attention_mask"])
@@ -916,9 +917,9 @@ def test_a_mask_that_differs_between_layers_passes_through(model, batch):
     masks = {"full_attention": lazy(mask), "sliding_attention": lazy(mask.roll(1))}
     prefix_attn.enable(model, min_ratio=1.0)
     with pytest.raises(PassThroughError, match="differs between layers"):
-        _find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
+        find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
     masks["sliding_attention"] = lazy(mask.clone())
-    _find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
+    find_packing(model.get_decoder(), {**batch, "attention_mask": masks}, 1.0)
 
 
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
-from prefix_attn.integrations.transformers.enable import GENERATION  # noqa: E402
+from prefix_attn.integrations.transformers.calls import GENERATION  # noqa: E402
 from tests.integrations.test_transformers_enable import (  # noqa: E402
     assert_same_when_enabled,
     passes_through,

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
-from prefix_attn.integrations.transformers.enable import (  # noqa: E402
+from prefix_attn.integrations.transformers.calls import (  # noqa: E402
     JUMPS_IN_CACHE,
     MASKS_WITHOUT_POSITIONS,
 )

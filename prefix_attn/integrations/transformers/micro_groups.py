@@ -21,15 +21,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.transformers.attention import PackedMask
-from prefix_attn.integrations.transformers.enable import (
+from prefix_attn.integrations.transformers.calls import (
     HANDLED,
     ROW_KEYWORDS,
-    _as_asked,
-    _check_once,
-    _decoder,
-    _find_packing,
-    _rope_reads_range,
+    as_asked,
+    find_packing,
+    rope_reads_range,
 )
+from prefix_attn.integrations.transformers.decoder import decoder_of
+from prefix_attn.integrations.transformers.enable import check_once
 from prefix_attn.integrations.transformers.packing import (
     HandBack,
     Packing,
@@ -120,7 +120,7 @@ class MicroGroups:
         min_tokens: int,
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self._model, self._backbone = model, _decoder(model)
+        self._model, self._backbone = model, decoder_of(model)
         if "_prefix_attn" not in self._backbone.__dict__:
             raise ValueError(
                 f"{type(model).__name__} is not enabled: call prefix_attn.enable first"
@@ -154,7 +154,7 @@ class MicroGroups:
         """
         kwargs = {"use_cache": False, **call}
         try:
-            return _find_packing(self._backbone, kwargs, 1.0, always=True)
+            return find_packing(self._backbone, kwargs, 1.0, always=True)
         except PassThroughError as reason:
             raise ValueError(
                 f"micro_groups can't run micro-batch {i}, which enable would pass through: {reason}"
@@ -296,7 +296,7 @@ class MicroGroups:
         if batch == 0:
             refuse_unserved(self._model, backbone)  # again: now what calls the model is known
         if state.check_pending:
-            _check_once(backbone, state, self._original, kwargs)
+            check_once(backbone, state, self._original, kwargs)
         self._next += 1
         ran = 0
         for block in self._plan.blocks:
@@ -309,7 +309,7 @@ class MicroGroups:
         counts.packed_calls += 1
         counts.tokens_in += sum(len(slots) for slots in self._slots[batch])
         counts.tokens_run += ran + self._plan.passes[batch].num_tokens
-        return _as_asked(out, backbone, kwargs)
+        return as_asked(out, backbone, kwargs)
 
     def _checked(self, kwargs: dict[str, Any]) -> int:
         """The number of the micro-batch that runs.
@@ -554,7 +554,7 @@ def refuse_unserved(model: torch.nn.Module, backbone: PreTrainedModel) -> None:
 
 
 def _why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
-    if _rope_reads_range(backbone.config):
+    if rope_reads_range(backbone.config):
         return "its rotary frequencies depend on the longest sequence of a call"
     for name, module in backbone.named_modules():
         if RECURRENT.search(type(module).__name__) or isinstance(module, torch.nn.Conv1d):

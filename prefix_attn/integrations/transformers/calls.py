@@ -1,0 +1,306 @@
+"""Calls of an enabled decoder: whether their batch can be packed, and how the packed row runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefix_attn.integrations.transformers.attention import (
+    EAGER_NAME,
+    SDPA_NAME,
+    LazyMask,
+    PackedMask,
+    splits_rows,
+)
+from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
+from prefix_attn.integrations.transformers.hooks import check_hooks
+from prefix_attn.integrations.transformers.packing import (
+    SINGLE,
+    Packing,
+    PassThroughError,
+    Split,
+    check_content,
+    content_of,
+    gradient_is_wanted,
+    pack_batch,
+)
+
+GENERATION = "past_key_values or use_cache=True"
+JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"
+
+# Decoders whose masks never see position_ids: sequences of a row are kept apart where they restart,
+# as under flash attention.
+MASKS_WITHOUT_POSITIONS = frozenset({"afmoe", "gpt_oss"})
+# Decoders that take (B, L) positions for three kinds of places in a picture.
+PICTURE_POSITIONS = frozenset(
+    {
+        "cosmos3_edge_text",
+        "ernie4_5_vl_moe_text",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_image_text",
+        "glm_ocr_text",
+        "hy_v4_vl_text",
+        "paddleocr_vl_text",
+        "qwen2_5_omni_talker",
+        "qwen2_5_omni_text",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+    }
+)
+
+# Keywords of packed rows for flash attention: the layout says the same.
+ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Keywords for the head: a decoder that knows one would drop packed rows.
+HEAD_KEYWORDS = ("labels", "shift_labels", "logits_to_keep")
+LEFT_OUT = frozenset({*ROW_KEYWORDS, *HEAD_KEYWORDS})
+HANDLED = LEFT_OUT | {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+
+
+def runs_ours(backbone: PreTrainedModel) -> bool:
+    return backbone.config._attn_implementation in (SDPA_NAME, EAGER_NAME)
+
+
+def find_packing(
+    backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float, *, always: bool = False
+) -> Packing:
+    """Packs the batch of a call, or raises PassThroughError with the reason why not."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    mask, position_ids = _plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
+    if kwargs.get("prefix_layout") is not None:
+        if not runs_ours(backbone):
+            raise RuntimeError(
+                f"the attention implementation of {type(backbone).__name__} is "
+                f"{backbone.config._attn_implementation!r}, which would ignore the prefix_layout: "
+                "it was changed after enable, here or in a model with the same config object. Call "
+                "prefix_attn.enable(model) again"
+            )
+        raise PassThroughError("the caller passes a prefix_layout")
+    if generates(kwargs):
+        raise PassThroughError(GENERATION)
+    if not runs_ours(backbone):  # chosen by the caller, or for a model with the same config object
+        name = backbone.config._attn_implementation
+        raise PassThroughError(f"attn_implementation is {name!r} since enable")
+    if kwargs.get("output_attentions") or getattr(backbone.config, "output_attentions", False):
+        raise PassThroughError("output_attentions")
+    if kwargs.get("is_causal") is False:
+        raise PassThroughError("is_causal=False")
+    check_hooks(backbone, embeds=embeds is not None)
+    for name, value in kwargs.items():
+        if name not in HANDLED and _holds_tokens(value):
+            raise PassThroughError(f"the keyword {name}")
+    tokens = ids if embeds is None else embeds
+    if tokens is None or (ids is not None and embeds is not None):
+        raise PassThroughError("not exactly one of input_ids and inputs_embeds")
+    if tokens.dim() != (2 if embeds is None else 3) or not tokens.numel():
+        raise PassThroughError(f"tokens of shape {tuple(tokens.shape)}")
+    shape = tokens.shape[:2]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+        raise PassThroughError("attention_mask is not of shape (B, L)")
+    positions = _as_kinds(position_ids, shape)
+    if _ran_flash(backbone) and shape[0] == 1:
+        if mask is not None and bool((mask != 0).all()):
+            mask = None  # as transformers does for flash attention
+        if mask is None:
+            _refuse_slices(positions)
+            positions = _with_places(positions, kwargs)
+    split = Split.NEVER if mask is not None else _split(backbone, kwargs, positions)
+    if shape[0] == 1 and not always:
+        _pass_single_sequence(mask, positions, split)
+    if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds):
+        raise PassThroughError("the gradient of inputs_embeds itself is wanted")
+    packing = pack_batch(
+        tokens if embeds is None else content_of(embeds),
+        mask,
+        positions,
+        min_ratio=min_ratio,
+        always=always,
+        split=split,
+        same_range=rope_reads_range(backbone.config),
+    )
+    if embeds is not None:
+        check_content(embeds, packing)
+    return packing
+
+
+def _plain_mask(mask: Any) -> Any:
+    """The (B, L) mask from which an outer model made the masks of the decoder's layers."""
+    made = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if not made or not all(isinstance(one, LazyMask) for one in made):
+        return mask
+    if any(one.adds_rules for one in made):
+        raise PassThroughError("attention_mask adds rules to the causal mask")
+    first, *others = (one.arguments.get("attention_mask") for one in made)
+    for other in others:
+        if other is not first and (other is None or first is None or not other.equal(first)):
+            raise PassThroughError("attention_mask differs between layers")
+    return first
+
+
+def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
+    """(1 or B, L) or (K, 1 or B, L) position ids as (K, B, L)."""
+    if position_ids is None:
+        return None
+    if not isinstance(position_ids, Tensor) or position_ids.dim() not in (2, 3):
+        raise PassThroughError("position_ids have an unknown shape")
+    kinds = position_ids if position_ids.dim() == 3 else position_ids[None]
+    if kinds.shape[1] not in (1, shape[0]) or kinds.shape[2] != shape[1]:
+        raise PassThroughError("position_ids have an unknown shape")
+    if position_ids.dim() == 3 and len(kinds) not in (3, 4):
+        raise PassThroughError("position_ids have an unknown shape")
+    return kinds.expand(-1, shape[0], -1)
+
+
+def _holds_tokens(value: Any) -> bool:
+    """Whether a keyword may hold something for each token."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_tokens(v) for v in value)
+
+
+def _ran_flash(backbone: PreTrainedModel) -> bool:
+    """Whether the model alone runs flash attention, which tells sequences by rules of its own."""
+    return "flash" in backbone._prefix_attn.implementation
+
+
+def _split(backbone: PreTrainedModel, kwargs: dict[str, Any], positions: Tensor | None) -> Split:
+    """What starts a new sequence in a row without an attention mask, in the model alone."""
+    if positions is None or len(positions) == 3:  # neither tells the place in the text
+        return Split.NEVER
+    model_type, made = backbone.config.model_type, kwargs.get("attention_mask")
+    if len(positions) == 1 and model_type in PICTURE_POSITIONS:
+        return Split.NEVER
+    if _ran_flash(backbone):
+        return Split.RESTARTS
+    if made is not None:  # masks of an outer model, which may not know of the cache
+        masks = made.values() if isinstance(made, dict) else [made]
+        return Split.JUMPS if all(splits_rows(mask) for mask in masks) else Split.NEVER
+    if makes_cache(backbone, kwargs):
+        return Split.NEVER
+    return Split.RESTARTS if model_type in MASKS_WITHOUT_POSITIONS else Split.JUMPS
+
+
+def _with_places(positions: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """Puts the places in sequences first, if the call has the bounds of flash attention.
+
+    Args:
+        positions: (K, 1, N), or None for the numbers of the columns.
+        kwargs: of the call.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None or any(kwargs.get(name) is None for name in ROW_KEYWORDS):
+        return positions
+    tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    starts = bounds.to(columns)[torch.searchsorted(bounds.to(columns), columns, right=True) - 1]
+    places = (columns - starts)[None, None]
+    return torch.cat([places, columns[None, None] if positions is None else positions])
+
+
+def _refuse_slices(positions: Tensor | None) -> None:
+    """Libraries that run flash attention over the ranks of a sequence hand slices of it over."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if positions is None or ranks == 1:
+        return
+    first = int(positions[0, 0, 0])
+    if first != 0:
+        raise ValueError(
+            f"the row starts at position {first}: it is a slice of a longer one. "
+            "Slices of sequence-parallel rows are not supported"
+        )
+
+
+def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: Split) -> None:
+    """Raises PassThroughError for a batch of one row that is known to hold one sequence."""
+    if mask is not None or positions is None:
+        raise PassThroughError(SINGLE)
+    if split is Split.NEVER:
+        jumps = len(positions) == 1 and bool((positions[0].diff() != 1).any())
+        raise PassThroughError(JUMPS_IN_CACHE if jumps else SINGLE)
+
+
+def rope_reads_range(config: Any) -> bool:
+    """Whether the rotary frequencies depend on the largest position in the batch."""
+    text = repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    return "'dynamic'" in text or "'longrope'" in text
+
+
+def build_masks(mask: Any) -> None:
+    """Builds the masks that an outer model made, for a batch that runs as it is."""
+    for one in mask.values() if isinstance(mask, dict) else [mask]:
+        if isinstance(one, LazyMask):
+            one.build()
+
+
+@torch.compiler.disable(recursive=False)
+def run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any]) -> Any:
+    """Runs the packed row and hands every output back in the layout of the batch."""
+    out = original(**_packed_call(packing, kwargs))
+    return _hand_back_all(out, packing)
+
+
+@torch.compiler.disable
+def _packed_call(packing: Packing, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the packed row."""
+    call = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
+    position_ids = kwargs.get("position_ids")
+    shape = packing.row_index.shape
+    if kwargs.get("inputs_embeds") is None:
+        call["input_ids"] = packing.pack(kwargs["input_ids"])
+    else:
+        call["inputs_embeds"] = packing.pack_features(kwargs["inputs_embeds"])
+    if position_ids is None:  # transformers numbers the columns
+        call["position_ids"] = (packing.source_index % shape[1])[None]
+    else:
+        call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *shape))
+    call.update(
+        attention_mask=PackedMask(packing.layout),
+        use_cache=False,
+        return_dict=True,
+        prefix_layout=packing.layout,
+    )
+    return call
+
+
+@torch.compiler.disable
+def _hand_back_all(out: Any, packing: Packing) -> Any:
+    handed: dict[int, Tensor] = {}
+    for name, value in list(out.items()):
+        out[name] = _hand_back(name, value, packing, handed)
+    return out
+
+
+def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor]) -> Any:
+    """An output of the packed row as an output of the batch; the same tensor only once."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_hand_back(name, v, packing, handed) for v in value)
+    if value is None:
+        return None
+    tokens = packing.layout.num_tokens
+    if isinstance(value, Tensor) and id(value) not in handed:
+        if value.dim() == 3 and value.shape[:2] == (1, tokens):
+            handed[id(value)] = packing.unpack(value[0])
+        elif value.dim() == 2 and value.shape[0] == tokens:  # router logits: places end to end
+            handed[id(value)] = packing.unpack(value).flatten(0, 1)
+    if not isinstance(value, Tensor) or id(value) not in handed:
+        raise NotImplementedError(f"the output {name} of a packed row can't be handed back")
+    return handed[id(value)]
+
+
+@torch.compiler.disable
+def as_asked(out: Any, backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Any:
+    """The output of a packed call with a cache and as a tuple, where the caller expects them."""
+    out = mark_unfilled(out, backbone, kwargs)
+    return out.to_tuple() if _wants_tuple(backbone, kwargs) else out
+
+
+def _wants_tuple(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("return_dict")
+    return not (getattr(backbone.config, "return_dict", True) if asked is None else asked)
