@@ -20,9 +20,10 @@ import torch
 from prefix_attn import PrefixLayout
 from prefix_attn.backends import cpu
 from prefix_attn.cases import Case
-from prefix_attn.cli import bench, estimate, info, main, rollouts, terminal
+from prefix_attn.cli import bench, estimate, info, main, terminal
 from prefix_attn.cli.arguments import COMMANDS, parser
 from prefix_attn.cli.costs import verdict
+from prefix_attn.rollouts import ReadError, read
 from prefix_attn.timing import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -522,8 +523,8 @@ def test_inspect_takes_masks_of_batches_and_of_prompts(tmp_path):
     batch = {"input_ids": [[0, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1, 1, 0]]}
     prompt = {"prompt_ids": [0, 4], "prompt_mask": [False, True], "completion_ids": [3]}
     for record, sequences in ((batch, [[5, 6], [7, 8]]), (prompt, [[4, 3]])):
-        read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
-        assert [x.tolist() for x in read.sequences] == sequences
+        rollouts = read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+        assert [x.tolist() for x in rollouts.sequences] == sequences
 
 
 @pytest.mark.parametrize(
@@ -634,10 +635,10 @@ def test_inspect_names_unknown_columns(run, tmp_path):
     ],
 )
 def test_inspect_reads_known_columns(tmp_path, record, columns, texts):
-    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
-    assert [list(path) for path in read.paths] == columns
-    assert [x.tobytes().decode() for x in read.sequences] == texts
-    assert read.unit == "bytes"
+    rollouts = read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+    assert [list(path) for path in rollouts.paths] == columns
+    assert [x.tobytes().decode() for x in rollouts.sequences] == texts
+    assert rollouts.unit == "bytes"
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -671,10 +672,10 @@ def test_inspect_unpacks_gzip(run, tmp_path):
 def test_inspect_joins_columns_of_token_ids(tmp_path):
     record = {"prompt_ids": [1, 2], "completion_ids": [3], "a": [8], "b": [[9], [7, 6]]}
     path = str(lines_file(tmp_path / "x.jsonl", record))
-    read = rollouts.read(path, [], None, None)
-    assert [x.tolist() for x in read.sequences] == [[1, 2, 3]]
-    read = rollouts.read(path, ["a", "b"], None, None)
-    assert [x.tolist() for x in read.sequences] == [[8, 9], [8, 7, 6]]
+    rollouts = read(path, [], None, None)
+    assert [x.tolist() for x in rollouts.sequences] == [[1, 2, 3]]
+    rollouts = read(path, ["a", "b"], None, None)
+    assert [x.tolist() for x in rollouts.sequences] == [[8, 9], [8, 7, 6]]
 
 
 def test_inspect_says_that_text_is_compared_by_bytes(run, tmp_path):
@@ -795,7 +796,7 @@ def test_inspect_shows_progress_on_a_terminal(tmp_path, monkeypatch, has_tqdm):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
-    assert len(rollouts.read(path, [], None, None).sequences) == 4
+    assert len(read(path, [], None, None).sequences) == 4
     assert ("0 lines" in stream.getvalue()) == has_tqdm
 
 
@@ -812,8 +813,8 @@ def turns(answer, **said):
 
 def texts(tmp_path, *records, columns=()):
     """What is compared of these lines, as text, and the rollouts."""
-    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", *records)), [*columns], None, None)
-    return [x.tobytes().decode() for x in read.sequences], read
+    rollouts = read(str(lines_file(tmp_path / "x.jsonl", *records)), [*columns], None, None)
+    return [x.tobytes().decode() for x in rollouts.sequences], rollouts
 
 
 @pytest.mark.parametrize(
@@ -830,10 +831,10 @@ def test_inspect_counts_all_that_a_message_says(tmp_path, said):
     (value,) = said.values()
     written = value if isinstance(value, str) else json.dumps(value)
     for content in ("8", None):
-        ((text,), read) = texts(tmp_path, {"messages": turns(content, **said)})
+        ((text,), rollouts) = texts(tmp_path, {"messages": turns(content, **said)})
         assert text.startswith("<user>\nlegs of a spider?\n<assistant>\n")
         assert written in text
-        assert read.chat.unread == set()
+        assert rollouts.chat.unread == set()
     # A message may have no content at all.
     message = {"role": "assistant", **said}
     assert written in texts(tmp_path, {"messages": [message]})[0][0]
@@ -866,8 +867,8 @@ def test_inspect_names_columns_that_it_does_not_read(run, tmp_path):
 
 def test_inspect_names_columns_inside_of_objects_that_it_does_not_read(tmp_path):
     body = {"model": "m", "messages": turns("8"), "tools": [{"name": "look_up"}], "n": 3}
-    _, read = texts(tmp_path, {"custom_id": "1", "body": body})
-    assert read.unread == ["custom_id", "body.model"]
+    _, rollouts = texts(tmp_path, {"custom_id": "1", "body": body})
+    assert rollouts.unread == ["custom_id", "body.model"]
 
 
 def test_inspect_reads_tools_and_system_prompts(tmp_path):
@@ -882,9 +883,9 @@ def test_inspect_reads_tools_and_system_prompts(tmp_path):
         {"params": {"system": "Be brief.", "messages": turns("8")}},
         {"body": {"instructions": "Be brief.", "input": turns("8")}},
     ):
-        (text,), read = texts(tmp_path, record)
+        (text,), rollouts = texts(tmp_path, record)
         assert text.startswith("Be brief.<user>\n")
-        assert read.unread == []
+        assert rollouts.unread == []
 
 
 def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, tmp_path):
@@ -893,11 +894,13 @@ def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, 
         parts = [picture, {"type": "text", "text": "what is it?"}, {"type": "seen", "by": "me"}]
         return {"messages": [{"role": "user", "content": parts}]}
 
-    (one, same, other), read = texts(tmp_path, asked("x" * 999), asked("x" * 999), asked("y" * 999))
+    (one, same, other), rollouts = texts(
+        tmp_path, asked("x" * 999), asked("x" * 999), asked("y" * 999)
+    )
     assert one == same != other
     assert len(one) == len(other) < 120
     assert one.endswith('what is it?{"type": "seen", "by": "me"}\n')
-    assert read.chat.media == 3
+    assert rollouts.chat.media == 3
     out = run("inspect", tmp_path / "x.jsonl")[1]
     assert re.search(r"NOT COUNTED +3 picture or such parts: each stands as", out)
 
@@ -953,9 +956,9 @@ def test_inspect_reads_outputs_of_vllm(tmp_path):
         {"index": i, "text": t, "token_ids": x} for i, t, x in ((0, "c", [3]), (1, "d", [4, 5]))
     ]
     record = {"request_id": "0", "prompt": "ab", "prompt_token_ids": [1, 2], "outputs": outputs}
-    read = rollouts.read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
-    assert [x.tolist() for x in read.sequences] == [[1, 2, 3], [1, 2, 4, 5]]
-    assert read.paths == (("prompt_token_ids", "outputs.token_ids"),)
+    rollouts = read(str(lines_file(tmp_path / "x.jsonl", record)), [], None, None)
+    assert [x.tolist() for x in rollouts.sequences] == [[1, 2, 3], [1, 2, 4, 5]]
+    assert rollouts.paths == (("prompt_token_ids", "outputs.token_ids"),)
     # Without ids of the prompt its text is read.
     assert texts(tmp_path, record | {"prompt_token_ids": None})[0] == ["abc", "abd"]
 
@@ -995,9 +998,9 @@ def test_inspect_refuses_lengths_that_do_not_fit(inspect_records, lengths, reaso
 def test_inspect_reads_requests_of_openai_and_refuses_answers(run, tmp_path):
     body = {"model": "m", "messages": turns("8"), "tools": [{"name": "look_up"}]}
     request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    (text,), read = texts(tmp_path, request)
+    (text,), rollouts = texts(tmp_path, request)
     assert text.startswith('<tools>\n[{"name": "look_up"}]\n<user>\n')
-    assert read.paths == (("body.messages",),)
+    assert rollouts.paths == (("body.messages",),)
     answer = {"choices": [{"message": {"role": "assistant", "content": "8"}}]}
     response = {"status_code": 200, "body": answer}
     path = lines_file(tmp_path / "x.jsonl", {"custom_id": "1", "response": response})
@@ -1015,7 +1018,7 @@ def test_inspect_takes_each_object_of_a_list_by_itself(tmp_path):
     assert found == [f"<user>\na\n<assistant>\n{x}\n" for x in "bc"]
     # A name with a dot of its own comes first.
     assert texts(tmp_path, {"a.b": "x", "a": {"b": "y"}}, columns=["a.b"])[0] == ["x"]
-    with pytest.raises(terminal.UsageError, match=r"'a\.c' is not in line 1; there are: 'a'"):
+    with pytest.raises(ReadError, match=r"'a\.c' is not in line 1; there are: 'a'"):
         texts(tmp_path, {"a": [{"b": "y"}, 3]}, columns=["a.c"])
 
 

@@ -10,10 +10,10 @@ import torch
 
 from prefix_attn.cli import terminal
 from prefix_attn.cli.costs import verdict
-from prefix_attn.cli.rollouts import read
 from prefix_attn.cli.terminal import UsageError, complain, counted
 from prefix_attn.forest import Forest
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.rollouts import ReadError, read
 
 BAD_SHOWN = 5
 MAX_DEPTH = 64
@@ -31,7 +31,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if args.depth > MAX_DEPTH:
         raise UsageError(f"--depth must be at most {MAX_DEPTH}, got {args.depth}")
     tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
-    rollouts = read(args.file, args.column, tokenizer, args.limit)
+    try:
+        rollouts = read(args.file, args.column, tokenizer, args.limit)
+    except ReadError as error:
+        raise UsageError(str(error)) from None
     for number, reason in rollouts.bad[:BAD_SHOWN]:
         complain(f"{rollouts.noun} {number} left out: {reason}")
     if (more := len(rollouts.bad) - BAD_SHOWN) > 0:

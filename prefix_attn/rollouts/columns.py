@@ -1,23 +1,16 @@
-"""Reads rollout files: JSON lines, JSON arrays and Parquet, in the columns that people use."""
+"""Finds the sequences of a rollout file in the columns that people use."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
-from prefix_attn.cli.messages import Chat, is_messages
-from prefix_attn.cli.terminal import UsageError, on_terminal
+from prefix_attn.rollouts.files import ReadError, values_of, with_progress
+from prefix_attn.rollouts.messages import Chat, is_messages
 
 # Columns that are found by themselves, the first that are all there. `a + b` puts one after the
 # other, `x and y` are two sequences. `a.b` is b of the object a, or of each object in the list a.
@@ -37,16 +30,6 @@ Paths = tuple[tuple[str, ...], ...]
 # completion_mask tells more than padding.
 MASKS = {"input_ids": "attention_mask", "prompt_ids": "prompt_mask"}
 LENGTHS = {"input_ids": "input_lengths", "token_ids": "input_lengths"}
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-# What else a file may be, by its first bytes, and what to do about it.
-OTHERS = {
-    b"\x28\xb5\x2f\xfd": "zstd: zstd -dc FILE | prefix-attn inspect -",
-    b"BZh": "bzip2: bzcat FILE | prefix-attn inspect -",
-    b"\xfd7zXZ": "xz: xzcat FILE | prefix-attn inspect -",
-    b"PK\x03\x04": "a zip archive, as of torch.save or numpy.savez: write JSON lines",
-    b"ARROW1": "an Arrow file: write Parquet, as by Dataset.to_parquet",
-    b"\xff\xff\xff\xff": "an Arrow stream: write Parquet, as by Dataset.to_parquet",
-}
 BATCH_OUTPUT = (
     "holds what a batch of OpenAI's gave, answers without their prompts: write one object per "
     "answer, whose messages are those of the request of the same custom_id and then the answer"
@@ -93,11 +76,11 @@ def read(name: str, columns: list[str], tokenizer: Any, limit: int | None) -> Ro
         limit: most lines, items or rows to read, blank lines not counted.
 
     Raises:
-        UsageError: if the file can't be read, a column is unknown, or no line is good.
+        ReadError: if the file can't be read, a column is unknown, or no line is good.
     """
     rollouts = Rollouts(Chat(tokenizer))
     shown = "standard input" if name == "-" else name
-    for place, (noun, number, value) in enumerate(_with_progress(_values(name, shown))):
+    for place, (noun, number, value) in enumerate(with_progress(values_of(name, shown))):
         if place == limit:
             break
         rollouts.noun = noun
@@ -117,93 +100,8 @@ def read(name: str, columns: list[str], tokenizer: Any, limit: int | None) -> Ro
         rollouts.sequences += sequences
     if not rollouts.sequences:
         reasons = [f"\n  {rollouts.noun} {number}: {why}" for number, why in rollouts.bad[:5]]
-        raise UsageError(f"{shown} holds no sequence{':' if reasons else ''}{''.join(reasons)}")
+        raise ReadError(f"{shown} holds no sequence{':' if reasons else ''}{''.join(reasons)}")
     return rollouts
-
-
-# ---- values of a file ---------------------------------------------------------------------------
-
-Value = tuple[str, int, Any]
-
-
-def _with_progress(values: Iterable[Value]) -> Iterable[Value]:
-    """Counts on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return values
-    bar: Iterable[Value] = tqdm(
-        values, unit=" lines", disable=not on_terminal(), leave=False, file=sys.stderr
-    )
-    return bar
-
-
-def _values(name: str, shown: str) -> Iterator[Value]:
-    """Noun, number and value of every line, item or row; a bad line is a `ValueError`."""
-    if name == "-" and sys.stdin is None:
-        raise UsageError("standard input is closed")
-    try:
-        with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as stream:
-            start = cast(io.BufferedReader, stream).peek(8)
-            for magic, what in OTHERS.items():
-                if start.startswith(magic):
-                    raise UsageError(f"can't read {shown}: it is {what.replace('FILE', shown)}")
-            if start.startswith(PARQUET):
-                yield from _rows(stream, shown)
-            elif start.startswith(GZIP):
-                yield from _parsed_lines(gzip.GzipFile(fileobj=stream))
-            else:
-                yield from _parsed_lines(stream)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"can't read {shown}: {getattr(error, 'strerror', 0) or error}") from None
-
-
-def _rows(stream: BinaryIO, shown: str) -> Iterator[Value]:
-    """Rows of a Parquet file, such as TRL's logs of completions."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            f"{shown} is Parquet, which needs pyarrow: pip install prefix-attn[inspect]"
-        ) from None
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                yield "row", number, row
-    except pyarrow.ArrowException as error:
-        raise UsageError(f"can't read {shown}: {error}") from None
-
-
-def _parsed_lines(stream: Iterable[bytes]) -> Iterator[Value]:
-    """Lines that aren't blank; of a file that is one JSON array, its items."""
-    lines = enumerate(stream, 1)
-    number, line = next(((n, line) for n, line in lines if line.strip()), (0, b""))
-    if not number:
-        return
-    value = _parsed(line)
-    rest: Iterable[tuple[int, bytes]] = lines
-    if isinstance(value, ValueError) or (_has_objects(value) and not is_messages(value)):
-        rest = list(lines)
-        items = _parsed(line + b"".join(text for _, text in rest))
-        if isinstance(items, list):
-            yield from (("item", place, item) for place, item in enumerate(items, 1))
-            return
-    yield "line", number, value
-    yield from (("line", n, _parsed(text)) for n, text in rest if text.strip())
-
-
-def _parsed(line: bytes) -> Any:
-    """The value of a JSON text, or what is wrong with it."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON ({error.msg}, column {error.colno})")
-    except RecursionError as error:
-        return ValueError(str(error))
 
 
 # ---- sequences of a value -----------------------------------------------------------------------
@@ -213,15 +111,15 @@ def _choose(record: dict[str, Any], columns: list[str], where: str, rollouts: Ro
     """Finds the columns to read, from the first object of a file.
 
     Raises:
-        UsageError: if there are none.
+        ReadError: if there are none.
         ValueError: instead, if good lines came before: then this one is bad.
     """
     there = ", ".join(map(repr, record)) or "none"
     for column in columns:
         if not _has(record, column):
-            raise UsageError(f"--column {column!r} is not in {where}; there are: {there}")
+            raise ReadError(f"--column {column!r} is not in {where}; there are: {there}")
     if not columns and "custom_id" in record and isinstance(record.get("response"), dict):
-        raise UsageError(f"{where} {BATCH_OUTPUT}")
+        raise ReadError(f"{where} {BATCH_OUTPUT}")
     known = [
         tuple(tuple(path.split(" + ")) for path in paths.split(" and "))
         for paths in KNOWN.split(", ")
@@ -232,7 +130,7 @@ def _choose(record: dict[str, Any], columns: list[str], where: str, rollouts: Ro
         none = f"none of the columns this command knows; there are: {there}"
         if rollouts.sequences:
             raise ValueError(none)
-        raise UsageError(f"{where} has {none}; name one or more with --column")
+        raise ReadError(f"{where} has {none}; name one or more with --column")
     rollouts.paths = paths
     read = {column for path in paths for column in path}
     read |= {tells[x] for tells in (MASKS, LENGTHS) for x in read & set(tells)}
@@ -367,10 +265,6 @@ def _has_strings(value: Any) -> bool:
     """Whether this is a list of strings, or of lists of strings."""
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(isinstance(x, str) or _has_strings(x) for x in value)
-
-
-def _has_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(x, dict) for x in value)
 
 
 def _kind(value: Any) -> str:
