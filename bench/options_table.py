@@ -24,6 +24,7 @@ MEANINGS = {
     "softcap": "`c * tanh(s / c)`",
     "sinks": "a learned logit in the denominator",
     "prefix_causal": "`False`: prefixes see themselves whole",
+    "bidirectional": "`PrefixLayout.from_tree(..., bidirectional=...)`: some segments do",
     "queries_for": "queries for some segments, keys for all",
     "value dims": "DV other than D, any size from 1 to 512 (triton: 256)",
     "LSE gradient": "`return_lse=True`, differentiable",

@@ -21,6 +21,8 @@ import numpy as np
 
 # Layouts whose forests, and the tables made from them, are kept.
 CACHED_LAYOUTS = 64
+# Bits of the third row of a layout's `segments`.
+HAS_QUERIES, SEES_ITSELF = 1, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class Forest:
         leaves: (N,) the segment in which each sequence ends, in the callers' order.
         window_size: positions that a query sees back from its own, its own included; None is all.
         prefix_causal: False lets the rows of a segment that others continue see all of it.
+        sees_itself: (S,) bool, segments whose rows see all of it in any case; None is none.
     """
 
     lengths: np.ndarray
@@ -47,17 +50,21 @@ class Forest:
     leaves: np.ndarray
     window_size: int | None = None
     prefix_causal: bool = True
+    sees_itself: np.ndarray | None = None
 
     @classmethod
-    def from_tree(cls, lengths: np.ndarray, parents: np.ndarray) -> Forest:
+    def from_tree(
+        cls, lengths: np.ndarray, parents: np.ndarray, sees_itself: np.ndarray | None = None
+    ) -> Forest:
         """Takes any tree that is in depth-first order; every segment has queries.
 
         Args:
             lengths: (S,) int64, not negative.
             parents: (S,) int64, at least -1.
+            sees_itself: (S,) bool, or None.
 
         Raises:
-            ValueError: if the two differ in length, or the order is not depth-first; it names the
+            ValueError: if they differ in length, or the order is not depth-first; it names the
                 entry.
         """
         if len(lengths) != len(parents):
@@ -65,8 +72,14 @@ class Forest:
                 "lengths and parents must have one entry per segment, got "
                 f"{len(lengths)} lengths and {len(parents)} parents"
             )
+        if sees_itself is not None and len(sees_itself) != len(parents):
+            raise ValueError(
+                f"bidirectional must have one entry per segment, got {len(sees_itself)} for "
+                f"{len(parents)} segments"
+            )
         _check_depth_first(parents)
-        return cls(lengths, parents, np.ones(len(parents), dtype=bool), _childless(parents))
+        has_queries = np.ones(len(parents), dtype=bool)
+        return cls(lengths, parents, has_queries, _childless(parents), sees_itself=sees_itself)
 
     @classmethod
     def from_segments(
@@ -77,13 +90,28 @@ class Forest:
         window_size: int | None = None,
         prefix_causal: bool = True,
     ) -> Forest:
-        """Takes the `segments` of a layout: (3, S) lengths, parents and whether rows are queries.
+        """Takes the `segments` of a layout: (3, S) lengths, parents, and bits that say the rest.
 
         Sequences are in the order of the segments in which they end, unless `leaves` says another.
         """
-        lengths, parents, has_queries = segments.astype(np.int64)
-        leaves = _childless(parents) if leaves is None else leaves.astype(np.int64)
-        return cls(lengths, parents, has_queries > 0, leaves, window_size, prefix_causal)
+        lengths, parents, bits = segments.astype(np.int64)
+        return cls(
+            lengths=lengths,
+            parents=parents,
+            has_queries=bits & HAS_QUERIES > 0,
+            leaves=_childless(parents) if leaves is None else leaves.astype(np.int64),
+            window_size=window_size,
+            prefix_causal=prefix_causal,
+            sees_itself=bits & SEES_ITSELF > 0,
+        )
+
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """(3, S) int32, what `from_segments` takes."""
+        bits = self.has_queries * HAS_QUERIES
+        if self.sees_itself is not None:
+            bits = bits + self.sees_itself * SEES_ITSELF
+        return np.stack([self.lengths, self.parents, bits]).astype(np.int32)
 
     # ---- segments -------------------------------------------------------------------------------
 
@@ -134,7 +162,8 @@ class Forest:
     @cached_property
     def bidirectional(self) -> np.ndarray:
         """(S,) bool, whether the rows of a segment see all of it, not only what lies before."""
-        return self.continued & (not self.prefix_causal)
+        by_rule = self.continued & (not self.prefix_causal)
+        return by_rule if self.sees_itself is None else by_rule | self.sees_itself
 
     @cached_property
     def run_start(self) -> np.ndarray:

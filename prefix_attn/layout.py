@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_attn.forest import Forest
+from prefix_attn.forest import HAS_QUERIES, SEES_ITSELF, Forest
 from prefix_attn.radix import find_prefixes
 
 INT32_MAX = 2**31 - 1
@@ -49,8 +49,8 @@ class PrefixLayout:
         # # # . . #
 
     Attributes:
-        segments: (3, S) int32 on the CPU, the lengths, the parents, and 1 where the rows of a
-            segment are queries: the whole layout.
+        segments: (3, S) int32 on the CPU, the lengths, the parents, and bits: 1 where the rows of a
+            segment are queries, 2 where they see all of it. This is the whole layout.
         cu_seqlens: (S + 1,) int32, first row of each segment, and T.
         parents: (S,) int32, the segment that each one continues, -1 for roots.
         position_ids: (T,) int64, depth of each token along its path.
@@ -124,6 +124,8 @@ class PrefixLayout:
         lengths: Sequence[int] | Tensor,
         parents: Sequence[int] | Tensor,
         device: torch.device | str | None = None,
+        *,
+        bidirectional: Sequence[bool] | Tensor | None = None,
     ) -> PrefixLayout:
         """Builds any prefix forest, given in depth-first order.
 
@@ -131,10 +133,12 @@ class PrefixLayout:
             lengths: tokens in each segment.
             parents: `parents[i] < i` is the segment that segment i continues, -1 for a root.
             device: where the tensors live; the CPU by default.
+            bidirectional: for each segment whether its rows see all of it, not only what lies
+                before, as those of pictures do in some models. None by default.
 
         Raises:
             ValueError: naming the entry that is negative, out of range, cyclic or out of
-                depth-first order.
+                depth-first order, or no bool.
 
         Example:
             >>> layout = PrefixLayout.from_tree([4, 2, 1, 3], [-1, 0, 1, 0])
@@ -143,7 +147,8 @@ class PrefixLayout:
         """
         length_array = int_array("lengths", lengths)
         parent_array = int_array("parents", parents, least=-1)
-        return cls._from_forest(Forest.from_tree(length_array, parent_array), device)
+        whole = None if bidirectional is None else _bool_array("bidirectional", bidirectional)
+        return cls._from_forest(Forest.from_tree(length_array, parent_array, whole), device)
 
     @classmethod
     @outside_inference_mode
@@ -241,15 +246,14 @@ class PrefixLayout:
     @classmethod
     @outside_inference_mode
     def _from_forest(cls, forest: Forest, device: torch.device | str | None) -> PrefixLayout:
-        """Every segment has queries, and no rule is set: those are the choice of a call."""
+        """Takes a forest without a window: that is the choice of a call."""
         total = sum(forest.lengths.tolist())  # Python's integers do not overflow
         if total > INT32_MAX:
             raise ValueError(f"a layout holds at most {INT32_MAX} tokens, got {total}")
         target = torch.device("cpu") if device is None else _device(device)
-        segments = np.stack([forest.lengths, forest.parents, forest.has_queries])
         cu_seqlens = np.concatenate([[0], forest.ends])
         return cls(
-            segments=torch.from_numpy(segments.astype(np.int32)),
+            segments=torch.from_numpy(forest.segments),
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(target),
             parents=torch.from_numpy(forest.parents.astype(np.int32)).to(target),
             position_ids=torch.from_numpy(forest.positions).to(target),
@@ -323,8 +327,8 @@ class PrefixLayout:
                 f"{beyond[0]}"
             )
         table = self.segments.clone()
-        table[2] = 0
-        table[2, torch.from_numpy(chosen)] = 1
+        table[2] &= SEES_ITSELF
+        table[2, torch.from_numpy(chosen)] |= HAS_QUERIES
         query_rows = Forest.from_segments(table.numpy()).query_rows
         return replace(
             self, segments=table, query_rows=torch.from_numpy(query_rows).to(self.device)
@@ -356,6 +360,11 @@ class PrefixLayout:
     def num_sequences(self) -> int:
         """N, paths from a root to a leaf."""
         return self.sequence_leaves.shape[0]
+
+    @property
+    def bidirectional(self) -> Tensor:
+        """(S,) bool on the CPU: segments whose rows see all of it, whatever a call says."""
+        return (self.segments[2] & SEES_ITSELF) > 0
 
     @cached_property
     def forest(self) -> Forest:
@@ -481,7 +490,7 @@ class PrefixLayout:
         window_size = None if window_size is None else int(window_size)
         subtree_end, position = self.subtree_end, self.position_ids
         rows = self.query_rows if self.num_queries < self.num_tokens else None
-        seen_from = None if prefix_causal else self._seen_from
+        seen_from = self._seen_from[bool(prefix_causal)]
 
         def shared_prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             row = q_idx if rows is None else rows[q_idx]
@@ -518,10 +527,15 @@ class PrefixLayout:
 
     @cached_property
     @outside_inference_mode
-    def _seen_from(self) -> Tensor:
-        """(T,) int64, the first row that sees each key where prefixes are bidirectional."""
-        forest = replace(self.forest, prefix_causal=False)
-        return torch.from_numpy(forest.row_seen_from).to(self.device)
+    def _seen_from(self) -> dict[bool, Tensor | None]:
+        """(T,) int64 by `prefix_causal`: the first row that sees each key; None is its own."""
+        forests = {causal: replace(self.forest, prefix_causal=causal) for causal in (True, False)}
+        return {
+            causal: torch.from_numpy(forest.row_seen_from).to(self.device)
+            if forest.bidirectional.any()
+            else None
+            for causal, forest in forests.items()
+        }
 
     @cached_property
     @outside_inference_mode
@@ -569,6 +583,18 @@ def _is_list(value: Any) -> bool:
 def shown(value: Any) -> str:
     """The value as a message shows it: some of it, where it is long."""
     return reprlib.repr(value)
+
+
+def _bool_array(name: str, values: Any) -> np.ndarray:
+    """Checks bools and returns them as such."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if not _is_list(values):
+        raise ValueError(f"{name} must be a flat list of bools, got {shown(values)}")
+    for i, value in enumerate(values):
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} must hold bools, got {value!r} at {name}[{i}]")
+    return np.array(values, dtype=bool)
 
 
 def int_array(name: str, values: Any, least: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from prefix_attn import backends
-from prefix_attn.forest import forest_of
+from prefix_attn.forest import HAS_QUERIES, forest_of
 from prefix_attn.kernels.options import Options
 
 # The `*call` behind the tensors of both operators: the fields of `Options`, then the backend.
@@ -43,8 +43,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor]:
     *options, backend = call
-    lengths, _, has_queries = segments
-    for name, x, rows in (("q", q, (lengths * has_queries).sum()), ("k", k, lengths.sum())):
+    lengths, _, bits = segments
+    queries = lengths[(bits & HAS_QUERIES) > 0]
+    for name, x, rows in (("q", q, queries.sum()), ("k", k, lengths.sum())):
         if x.shape[0] != int(rows):
             raise ValueError(f"the layout has {int(rows)} rows of {name}, got {tuple(x.shape)}")
     if q.numel() == 0:

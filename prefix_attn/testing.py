@@ -213,16 +213,17 @@ def repeated_attention(
     """
     dtype = q.dtype if dtype is None else dtype
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    plain = window_size is None and softcap is None and sinks is None and prefix_causal
+    segments = torch.arange(layout.num_segments, device=q.device)
+    sees_itself = layout.bidirectional.to(q.device)
+    if not prefix_causal:
+        sees_itself = sees_itself | torch.isin(segments, layout.parents)
+    plain = window_size is None and softcap is None and sinks is None and not sees_itself.any()
     plain = plain and not return_lse and q.shape[2] == v.shape[2] and _sdpa_runs(dtype, q.device)
     # PyTorch's causal kernels multiply the scores that they hide, -inf, by the scale.
     plain = plain and scale >= torch.finfo(torch.float32).tiny
     query_of = torch.full((layout.num_tokens,), -1, device=q.device)
     query_of[layout.query_rows] = torch.arange(layout.num_queries, device=q.device)
-    segment_of = torch.arange(layout.num_segments, device=q.device).repeat_interleave(
-        layout.cu_seqlens.diff().long()
-    )
-    continued = torch.isin(torch.arange(layout.num_segments, device=q.device), layout.parents)
+    segment_of = segments.repeat_interleave(layout.cu_seqlens.diff().long())
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(layout.num_queries, q.shape[1], v.shape[2])
     lse = torch.zeros(layout.num_queries, q.shape[1], dtype=wide, device=q.device)
@@ -244,8 +245,7 @@ def repeated_attention(
             at = torch.arange(len(rows), device=q.device)
             segment = segment_of[rows]
             keep = at[None, :] <= at[:, None]
-            if not prefix_causal:
-                keep |= (segment[:, None] == segment[None, :]) & continued[segment]
+            keep |= (segment[:, None] == segment[None, :]) & sees_itself[segment]
             if window_size is not None:
                 keep &= at[:, None] - at[None, :] < window_size
             whole, whole_lse = _eager(one, keys, values, keep, scale, softcap, sinks)

@@ -411,13 +411,13 @@ def brute_force(
     Everything else is compared with `layout.materialize`, which comes from the forest. So this
     reads the lengths and parents of segments alone, and finds rows by itself.
     """
-    lengths, parents, _ = layout.segments.tolist()
+    lengths, parents, bits = layout.segments.tolist()
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     own_rows = [list(range(a, a + n)) for a, n in zip(starts, lengths, strict=True)]
-    own_end = {}  # of a row, in its sequence: where the segment ends, if others continue it
+    ahead_of = {}  # of a row of a segment that sees all of itself: the rows from it to the end
     for segment, rows in enumerate(own_rows):
-        if segment in parents:
-            own_end |= {row: rows[-1] + 1 - row for row in rows}
+        if bits[segment] & 2 or (segment in parents and not prefix_causal):
+            ahead_of |= {row: rows[-1] + 1 - row for row in rows}
     sequences: list[list[int]] = []
     for segment in range(len(lengths)):
         if segment not in parents:
@@ -435,8 +435,7 @@ def brute_force(
             if out[row]:
                 continue  # shared, and equal in every sequence
             first = 0 if window_size is None else max(0, position - window_size + 1)
-            ahead = 1 if prefix_causal else own_end.get(row, 1)
-            keys = rows[first : position + ahead]
+            keys = rows[first : position + ahead_of.get(row, 1)]
             for h in range(heads):
                 logits = (k[keys, h // group] * q[row, h]).sum(-1) * scale
                 if softcap is not None:
@@ -473,8 +472,11 @@ OPTIONS = {
     [
         PrefixLayout.from_lengths([5, 2], [[3, 6], [1, 0]]),
         PrefixLayout.from_tree([3, 2, 1, 4, 2], [-1, 0, 1, 1, 0]),
+        PrefixLayout.from_tree(
+            [3, 4, 1, 4, 2], [-1, 0, 1, 1, 0], bidirectional=[False, True, False, True, False]
+        ),
     ],
-    ids=["groups", "tree"],
+    ids=["groups", "tree", "pictures"],
 )
 def test_reference_options_match_brute_force(
     layout: PrefixLayout, dtype: torch.dtype, options: dict[str, Any]

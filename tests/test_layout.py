@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from prefix_attn.forest import Forest
+from prefix_attn.forest import HAS_QUERIES, SEES_ITSELF, Forest
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.testing import forests
 
@@ -31,6 +31,10 @@ NAN = float("nan")
 def token_lists(draw):
     """Sequences over three tokens that often repeat or continue one another."""
     return draw(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=8))
+
+
+def flags_of(forest):
+    return st.lists(st.booleans(), min_size=len(forest[0]), max_size=len(forest[0]))
 
 
 def rows_of_paths(lengths, parents):
@@ -64,10 +68,12 @@ def mask_of_paths(total, paths, window=None, whole=()):
     return mask
 
 
-def rows_of_prefixes(lengths, parents):
-    """The rows of each segment that others continue."""
+def rows_of_whole(lengths, parents, causal=True, bidirectional=()):
+    """The rows of each segment whose rows see all of it."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return [range(starts[i], starts[i] + lengths[i]) for i in range(len(lengths)) if i in parents]
+    whole = {i for i in range(len(lengths)) if not causal and i in parents}
+    whole |= {i for i, flag in enumerate(bidirectional) if flag}
+    return [range(starts[i], starts[i] + lengths[i]) for i in sorted(whole)]
 
 
 def shared_prefix_length(a, b):
@@ -111,10 +117,11 @@ def test_from_tree_matches_paths(forest):
 
 
 @settings(max_examples=300)
-@given(forests(9, 4, min_segments=0), st.none() | st.integers(1, 15), st.booleans())
-def test_materialize_matches_paths(forest, window, causal):
-    layout = PrefixLayout.from_tree(*forest)
-    whole = () if causal else rows_of_prefixes(*forest)
+@given(forests(9, 4, min_segments=0), st.none() | st.integers(1, 15), st.booleans(), st.data())
+def test_materialize_matches_paths(forest, window, causal, data):
+    flags = data.draw(st.none() | flags_of(forest))
+    layout = PrefixLayout.from_tree(*forest, bidirectional=flags)
+    whole = rows_of_whole(*forest, causal, flags or ())
     expected = mask_of_paths(layout.num_tokens, rows_of_paths(*forest), window, whole)
     actual = layout.materialize(window_size=window, prefix_causal=causal)
     assert torch.equal(actual, expected)
@@ -124,13 +131,14 @@ def test_materialize_matches_paths(forest, window, causal):
 @given(forests(9, 4, min_segments=0), st.none() | st.integers(1, 15), st.booleans(), st.data())
 def test_forest_counts_the_pairs_of_paths(forest, window, causal, data):
     lengths, parents = forest
-    has_queries = [data.draw(st.booleans()) for _ in lengths]
+    has_queries, flags = data.draw(flags_of(forest)), data.draw(flags_of(forest))
     paths = rows_of_paths(*forest)
-    whole = () if causal else rows_of_prefixes(*forest)
+    whole = rows_of_whole(*forest, causal, flags)
     queries = np.repeat(np.array(has_queries, dtype=bool), lengths)
     shared = mask_of_paths(sum(lengths), paths, window, whole)[queries].sum()
     each = [mask_of_paths(sum(lengths), [rows], window, whole)[queries].sum() for rows in paths]
-    segments = np.array([lengths, parents, has_queries], dtype=np.int32)
+    bits = [HAS_QUERIES * a + SEES_ITSELF * b for a, b in zip(has_queries, flags, strict=True)]
+    segments = np.array([lengths, parents, bits], dtype=np.int32)
     counted = Forest.from_segments(segments, window_size=window, prefix_causal=causal)
     assert (counted.num_pairs, counted.num_repeated_pairs) == (int(shared), sum(map(int, each)))
 
@@ -431,6 +439,31 @@ def test_mask_refuses_other_windows(method, window):
 def test_mask_refuses_other_flags(method):
     with pytest.raises(ValueError, match="prefix_causal must be True or False, got 'no'"):
         getattr(PrefixLayout.from_tree(*TREE), method)(prefix_causal="no")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([True] * 3, "bidirectional must have one entry per segment, got 3 for 4 segments"),
+        ([True, 1, False, True], "bidirectional must hold bools, got 1 at bidirectional[1]"),
+        (True, "bidirectional must be a flat list of bools, got True"),
+        ("yes!", "bidirectional must be a flat list of bools, got 'yes!'"),
+    ],
+)
+def test_from_tree_refuses_other_flags(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PrefixLayout.from_tree(*TREE, bidirectional=flags)
+
+
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor], ids=["list", "numpy", "tensor"])
+def test_bidirectional_segments_stay_so(made):
+    flags = [False, True, False, True]
+    layout = PrefixLayout.from_tree(*TREE, bidirectional=made(flags))
+    assert layout.segments.tolist() == [*map(list, TREE), [1, 3, 1, 3]]
+    for same in (layout.to("cpu"), pickle.loads(pickle.dumps(layout)), layout.queries_for([0, 1])):
+        assert same.bidirectional.tolist() == flags
+        assert torch.equal(same.materialize(), layout.materialize()[same.query_rows])
+    assert not PrefixLayout.from_tree(*TREE).bidirectional.any()
 
 
 def test_methods_take_integers_and_flags_of_numpy():

@@ -27,6 +27,12 @@ from prefix_attn.testing import (
 
 GROUPS = PrefixLayout.from_lengths([37, 0, 20], [[9, 16, 33], [5, 7], [3, 0, 18]])
 TREE = PrefixLayout.from_tree([37, 5, 9, 1, 33, 41, 6], [-1, 0, 1, 1, 0, 4, -1])
+# Text, a picture, text; the leaves are text, a picture, and as long a text.
+PICTURES = PrefixLayout.from_tree(
+    [7, 9, 3, 6, 12, 12],
+    [-1, 0, 1, 2, 2, 2],
+    bidirectional=[False, True, False, False, True, False],
+)
 LAYOUTS = {
     "groups": GROUPS,
     "tree": TREE,
@@ -37,6 +43,7 @@ LAYOUTS = {
     "no queries": TREE.queries_for([]),
     # The first segment is continued, by an empty one only; the last one is as long, and a leaf.
     "hollow leaf": PrefixLayout.from_tree([4, 0, 4], [-1, 0, -1]),
+    "pictures": PICTURES,
 }
 # One value for every option of the table; True stands for a tensor of sinks.
 VALUES: dict[str, Any] = {
@@ -77,10 +84,12 @@ def test_cpu_option_stays_within_budget(layout, options, dtype):
     softcap=st.sampled_from([None, None, None, 0.5, 30.0]),
     sinks=st.booleans(),
     prefix_causal=st.booleans(),
+    bidirectional=st.sets(st.integers(0, 6)),
 )
-def test_random_options_match_each_sequence_alone(forest, sinks, **options):
+def test_random_options_match_each_sequence_alone(forest, sinks, bidirectional, **options):
     """Without the reference, which knows the mask as the backends do."""
-    layout = PrefixLayout.from_tree(*forest)
+    flags = [i in bidirectional for i in range(len(forest[0]))]
+    layout = PrefixLayout.from_tree(*forest, bidirectional=flags)
     inputs = Inputs.random(layout, dims=(16, 24), dtype=torch.float64, lse=True, sinks=sinks)
     exact = attention_results(partial(repeated_attention, layout=layout, **options), inputs)
     refused = options["window_size"] is not None or options["softcap"] is not None
@@ -108,6 +117,8 @@ def test_table_cell_is_exact_or_refused(backend, option):
         options, layout = {}, GROUPS
     elif option == "queries_for":
         options, layout = {}, LAYOUTS["suffix queries"]
+    elif option == "bidirectional":
+        options, layout = {}, PICTURES
     else:
         options, layout = {option: VALUES[option]}, GROUPS
     if is_served(option, backend):

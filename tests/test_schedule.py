@@ -32,9 +32,14 @@ KEY_VISITS = [schedule.NUM_FULL, schedule.NUM_BEFORE, schedule.NUM_AFTER]
 BLOCKS = [(4, 4), (8, 4), (4, 8), (6, 5), (16, 8)]
 
 
-def _query_segments(forest: tuple[list[int], list[int]]) -> st.SearchStrategy[list[int] | None]:
+def _some_segments(forest: tuple[list[int], list[int]]) -> st.SearchStrategy[list[int] | None]:
     indices = st.lists(st.integers(0, len(forest[0]) - 1), unique=True)
     return st.none() | indices
+
+
+def _drawn(data: st.DataObject, forest: tuple[list[int], list[int]]) -> list[list[int] | None]:
+    """Segments with queries, and bidirectional ones."""
+    return [data.draw(_some_segments(forest)), data.draw(_some_segments(forest))]
 
 
 @st.composite
@@ -51,9 +56,11 @@ def _forest(
     parents: list[int],
     rule: dict[str, Any] | None = None,
     query_segments: list[int] | None = None,
+    bidirectional: list[int] | None = None,
 ) -> tuple[Forest, np.ndarray]:
-    """The forest and the dense (Tq, T) mask."""
-    layout = PrefixLayout.from_tree(lengths, parents)
+    """The forest and the dense (Tq, T) mask; both lists name segments."""
+    flags = [i in (bidirectional or ()) for i in range(len(lengths))]
+    layout = PrefixLayout.from_tree(lengths, parents, bidirectional=flags)
     if query_segments is not None:
         layout = layout.queries_for(query_segments)
     rule = rule or {}
@@ -103,7 +110,7 @@ def _cover_keys(tiles: KeyTiles, mask: np.ndarray, block_m: int, window: bool) -
 @settings(max_examples=2000, deadline=None)
 @given(data=st.data(), forest=forests(12, 23), rule=rules(), blocks=st.sampled_from(BLOCKS))
 def test_query_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks):
-    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
+    tree, mask = _forest(*forest, rule, *_drawn(data, forest))
     tiles = QueryTiles.from_forest(tree, *blocks)
     np.testing.assert_array_equal(_cover_queries(tiles, mask, blocks[1]), mask)
 
@@ -117,7 +124,7 @@ def test_query_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks):
     chunk=st.sampled_from([None, 1, 3]),
 )
 def test_key_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks, chunk):
-    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
+    tree, mask = _forest(*forest, rule, *_drawn(data, forest))
     tiles = KeyTiles.from_forest(tree, *blocks, max_chunk=chunk)
     covered = _cover_keys(tiles, mask, blocks[0], window=rule["window_size"] is not None)
     np.testing.assert_array_equal(covered, mask)
@@ -132,7 +139,7 @@ def test_key_tiles_cover_every_allowed_pair_once(data, forest, rule, blocks, chu
     chunk=st.sampled_from([None, 1, 3]),
 )
 def test_key_tiles_own_every_key_once_and_every_slot_once(data, forest, rule, blocks, chunk):
-    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
+    tree, mask = _forest(*forest, rule, *_drawn(data, forest))
     tiles = KeyTiles.from_forest(tree, *blocks, max_chunk=chunk)
     owned = np.zeros(mask.shape[1], dtype=int)
     for item in tiles.items[tiles.items[:, schedule.SLOT] < 0].tolist():
@@ -316,7 +323,7 @@ def test_a_window_costs_what_it_sees():
 )
 def test_every_tile_under_a_window_holds_an_allowed_pair(data, forest, window, causal, blocks):
     rule = {"window_size": window, "prefix_causal": causal}
-    tree, mask = _forest(*forest, rule, data.draw(_query_segments(forest)))
+    tree, mask = _forest(*forest, rule, *_drawn(data, forest))
     tiles, (block_m, block_n) = QueryTiles.from_forest(tree, *blocks), blocks
     for row0, row1, query0, list0, listed, _, _, masked0, masked in tiles.items.tolist():
         seen = mask[query0 : query0 + row1 - row0]

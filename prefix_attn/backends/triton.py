@@ -34,8 +34,9 @@ def forward(
     """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
     q, k, v = (_addressable(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
+    key, options = _key_and_options(segments, options)
     launch_forward, config = _forward_kernel(q, v, sinks, options)
-    tables = _forward_tables(_key(segments, options), config.forward, q.device)
+    tables = _forward_tables(key, config.forward, q.device)
     with _current(q):
         return launch_forward(q, k, v, sinks, tables, options, config)
 
@@ -78,13 +79,12 @@ def backward(
     """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
+    key, options = _key_and_options(segments, options)
     config = config_for(q, v)
     fused = config.fused is not None and _any_order(options)
     softcap_window = options.softcap is not None and options.window_size is not None
     config = replace(config, keys=config.keys_for(fused=fused, softcap_window=softcap_window))
-    tables = _backward_tables(
-        _key(segments, options), config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device
-    )
+    tables = _backward_tables(key, config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device)
     lse = lse.contiguous()
     arguments = (dout, q, k, v, out, lse, dlse, sinks, tables, options, config)
     with _current(q):
@@ -163,8 +163,14 @@ class _Key(NamedTuple):
     prefix_causal: bool
 
 
-def _key(segments: Tensor, options: Options) -> _Key:
-    return _Key(segments.numpy().tobytes(), options.window_size, options.prefix_causal)
+def _key_and_options(segments: Tensor, options: Options) -> tuple[_Key, Options]:
+    """What work lists are cached by, and what kernels are told.
+
+    To them `prefix_causal` says that no segment at all is bidirectional: otherwise they read from
+    where on a key is seen.
+    """
+    key = _Key(segments.numpy().tobytes(), options.window_size, options.prefix_causal)
+    return key, replace(options, prefix_causal=not forest_of(*key).bidirectional.any())
 
 
 @lru_cache(CACHED_LAYOUTS)
@@ -172,7 +178,8 @@ def _rule(key: _Key, device: torch.device) -> Tensor:
     """The attention rule as kernels read it, see `ForwardTables`."""
     forest = forest_of(*key)
     rows = [forest.row_subtree_ends]
-    if not (key.window_size is None and key.prefix_causal and forest.has_queries.all()):
+    plain = key.window_size is None and not forest.bidirectional.any()
+    if not (plain and forest.has_queries.all()):
         queries = np.zeros_like(forest.positions)
         queries[: len(forest.query_rows)] = forest.query_rows
         rows += [forest.row_seen_from, forest.positions, queries]

@@ -26,6 +26,10 @@ LAYOUTS = {
     "tree": TREE,
     "suffixes": GROUPS.queries_for([1, 3, 5, 7, 9]),
     "inner": TREE.queries_for([1, 4, 6]),
+    # Text, a picture of more than a tile, text; one leaf is a picture.
+    "pictures": PrefixLayout.from_tree(
+        [9, 37, 5, 6, 3], [-1, 0, 1, 2, 2], bidirectional=[False, True, False, False, True]
+    ),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -162,9 +166,11 @@ def test_triton_options_have_the_same_bits_from_run_to_run():
     prefix_causal=st.booleans(),
     scale=st.sampled_from([None, 1.0, -0.5, 0.0]),
     deterministic=st.sampled_from([None, False]),
+    bidirectional=st.sets(st.integers(0, 5)),
 )
-def test_triton_on_random_forests_with_random_options(forest, queries, **options):
-    layout = PrefixLayout.from_tree(*forest)
+def test_triton_on_random_forests_with_random_options(forest, queries, bidirectional, **options):
+    flags = [i in bidirectional for i in range(len(forest[0]))]
+    layout = PrefixLayout.from_tree(*forest, bidirectional=flags)
     if queries is not None:
         layout = layout.queries_for([i for i in sorted(queries) if i < layout.num_segments])
     _check(layout, options, torch.float64)
