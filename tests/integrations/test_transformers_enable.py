@@ -19,9 +19,9 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations import OLDEST_TRANSFORMERS  # noqa: E402
+from prefix_attn.integrations.packing import PassThroughError  # noqa: E402
 from prefix_attn.integrations.transformers.calls import find_packing  # noqa: E402
 from prefix_attn.integrations.transformers.enable import WARN_AFTER  # noqa: E402
-from prefix_attn.integrations.transformers.packing import PassThroughError  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
     KeepDouble,
@@ -707,7 +707,7 @@ def test_colliding_checksums_are_noticed(model, batch, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_embeddings_that_differ_in_any_one_bit_have_other_checksums(dtype):
-    from prefix_attn.integrations.transformers.packing import content_of
+    from prefix_attn.integrations.packing import content_of
 
     x = torch.randn(1, 1, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -994,7 +994,7 @@ def test_router_logits_come_back_for_every_token(batch):
 
 def test_the_gradient_of_a_shared_row_is_summed_in_float32():
     """Bfloat16 would lose all but the first of many small gradients."""
-    from prefix_attn.integrations.transformers.packing import HandBack
+    from prefix_attn.integrations.packing import HandBack
 
     packed = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     out = HandBack.apply(packed, torch.zeros(1, 513, dtype=torch.long))

@@ -10,11 +10,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
+from prefix_attn.integrations.packing import SINGLE  # noqa: E402
 from prefix_attn.integrations.transformers.calls import (  # noqa: E402
     JUMPS_IN_CACHE,
     MASKS_WITHOUT_POSITIONS,
 )
-from prefix_attn.integrations.transformers.packing import SINGLE  # noqa: E402
 from tests.integrations.test_transformers_enable import ROUNDING, vision_model  # noqa: E402
 from tests.integrations.test_transformers_exact import EXACT  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402

@@ -3,7 +3,8 @@
 Importing it registers `attn_implementation="prefix_attn"`.
 """
 
-from prefix_attn.integrations.transformers.enable import PackingStats, disable, enable, stats
+from prefix_attn.integrations.packing import PackingStats
+from prefix_attn.integrations.transformers.enable import disable, enable, stats
 from prefix_attn.integrations.transformers.micro_groups import MicroGroups, micro_groups
 
 __all__ = ["MicroGroups", "PackingStats", "disable", "enable", "micro_groups", "stats"]

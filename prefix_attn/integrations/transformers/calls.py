@@ -10,16 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.transformers.attention import (
-    EAGER_NAME,
-    SDPA_NAME,
-    LazyMask,
-    PackedMask,
-    splits_rows,
-)
-from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
-from prefix_attn.integrations.transformers.hooks import check_hooks
-from prefix_attn.integrations.transformers.packing import (
+from prefix_attn.integrations.packing import (
     SINGLE,
     Packing,
     PassThroughError,
@@ -29,6 +20,15 @@ from prefix_attn.integrations.transformers.packing import (
     gradient_is_wanted,
     pack_batch,
 )
+from prefix_attn.integrations.transformers.attention import (
+    EAGER_NAME,
+    SDPA_NAME,
+    LazyMask,
+    PackedMask,
+    splits_rows,
+)
+from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
+from prefix_attn.integrations.transformers.hooks import check_hooks
 
 GENERATION = "past_key_values or use_cache=True"
 JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefix_attn.integrations.packing import Packing, PackingStats, PassThroughError
 from prefix_attn.integrations.transformers.attention import EAGER_NAME, SDPA_NAME, mask_making
 from prefix_attn.integrations.transformers.caches import generates
 from prefix_attn.integrations.transformers.calls import (
@@ -33,7 +33,6 @@ from prefix_attn.integrations.transformers.calls import (
 )
 from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.hooks import check_adapters
-from prefix_attn.integrations.transformers.packing import Packing, PassThroughError
 from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
 
@@ -43,30 +42,6 @@ WARN_AFTER = 20
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _backbones: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()  # the decoders that are enabled
-
-
-@dataclass
-class PackingStats:
-    """What `enable` did so far.
-
-    Attributes:
-        calls: of the decoder.
-        packed_calls: calls that ran as one packed row.
-        tokens_in: tokens of the packed calls' batches, padding left out.
-        tokens_run: rows that ran instead.
-        passed_through: how many calls were not packed, by reason.
-    """
-
-    calls: int = 0
-    packed_calls: int = 0
-    tokens_in: int = 0
-    tokens_run: int = 0
-    passed_through: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def ratio(self) -> float:
-        """Tokens in over tokens run, 1 before the first packed call."""
-        return self.tokens_in / self.tokens_run if self.tokens_run else 1.0
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules import module as hooks_of_all
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.transformers.packing import PassThroughError
+from prefix_attn.integrations.packing import PassThroughError
 
 # Their hooks move, cast, gather and hand on: each token alike.
 HARMLESS_LIBRARIES = (

@@ -20,6 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
+from prefix_attn.integrations.packing import (
+    HandBack,
+    Packing,
+    PassThroughError,
+    joint_ids,
+)
 from prefix_attn.integrations.transformers.attention import PackedMask
 from prefix_attn.integrations.transformers.calls import (
     HANDLED,
@@ -30,12 +36,6 @@ from prefix_attn.integrations.transformers.calls import (
 )
 from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.enable import check_once
-from prefix_attn.integrations.transformers.packing import (
-    HandBack,
-    Packing,
-    PassThroughError,
-    joint_ids,
-)
 from prefix_attn.integrations.transformers.refusals import RECURRENT
 from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan
 from prefix_attn.radix import find_prefixes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -49,6 +50,30 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """(T, ...) -> (B, L, ...), zero at padding; a gradient is the sum over its places."""
         return HandBack.apply(x, self.row_index)
+
+
+@dataclass
+class PackingStats:
+    """What `enable` did so far.
+
+    Attributes:
+        calls: of the decoder.
+        packed_calls: calls that ran as one packed row.
+        tokens_in: tokens of the packed calls' batches, padding left out.
+        tokens_run: rows that ran instead.
+        passed_through: how many calls were not packed, by reason.
+    """
+
+    calls: int = 0
+    packed_calls: int = 0
+    tokens_in: int = 0
+    tokens_run: int = 0
+    passed_through: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ratio(self) -> float:
+        """Tokens in over tokens run, 1 before the first packed call."""
+        return self.tokens_in / self.tokens_run if self.tokens_run else 1.0
 
 
 class HandBack(torch.autograd.Function):
