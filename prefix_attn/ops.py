@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from prefix_attn import backends
-from prefix_attn.forest import HAS_QUERIES, forest_of
+from prefix_attn.content import content_of
 from prefix_attn.kernels.options import Options
 
 # The `*call` behind the tensors of both operators: the fields of `Options`, then the backend.
@@ -23,18 +23,21 @@ CALL = (
     "float scale, float? softcap, int? window_size, bool prefix_causal, bool deterministic,"
     " str backend"
 )
+# Both read `segments` on the host: a CUDA graph that replays them would keep the layout of its
+# capture, so that compiled programs leave them out of theirs.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 torch.library.define(
     "prefix_attn::forward",
     f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor segments, {CALL})"
     " -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS,
 )
 torch.library.define(
     "prefix_attn::backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
     f" Tensor? sinks, Tensor segments, {CALL})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS,
 )
 
 
@@ -43,11 +46,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor]:
     *options, backend = call
-    lengths, _, bits = segments
-    queries = lengths[(bits & HAS_QUERIES) > 0]
-    for name, x, rows in (("q", q, queries.sum()), ("k", k, lengths.sum())):
-        if x.shape[0] != int(rows):
-            raise ValueError(f"the layout has {int(rows)} rows of {name}, got {tuple(x.shape)}")
+    content = content_of(segments)
+    for name, x, rows in (("q", q, content.num_queries), ("k", k, content.num_tokens)):
+        if x.shape[0] != rows:
+            raise ValueError(f"the layout has {rows} rows of {name}, got {tuple(x.shape)}")
     if q.numel() == 0:
         return _fake_forward(q, k, v)
     result: tuple[Tensor, Tensor] = backends.load(backend).forward(
@@ -105,8 +107,7 @@ def _pairs(q: Tensor, k: Tensor, segments: Tensor, *call: Any) -> int:
     if isinstance(segments, FakeTensor) or segments.is_meta:
         return q.shape[0] * k.shape[0]
     options = Options(*call[:-1])
-    content = segments.numpy().tobytes()
-    return forest_of(content, options.window_size, options.prefix_causal).num_pairs
+    return content_of(segments).forest(options.window_size, options.prefix_causal).num_pairs
 
 
 # Dynamo wants the arguments of autograd functions by name.

@@ -163,6 +163,13 @@ def test_operators_take_the_fields_of_options() -> None:
         assert arguments[arguments.index("segments") + 1 :] == [*names, "backend"]
 
 
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_operators_stay_out_of_cuda_graphs(name: str) -> None:
+    """A replayed graph would keep the layout that it was captured with."""
+    overload = getattr(torch.ops.prefix_attn, name).default
+    assert {torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag} <= set(overload.tags)
+
+
 def test_operator_refuses_layout_for_other_tokens() -> None:
     q, k, v = inputs(LAYOUTS[0], grad=False)
     rest = (0.25, None, None, True, True, "cpu")

@@ -6,19 +6,18 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from prefix_attn.backends import FORWARD_VARIABLE, schedule, tuning
-from prefix_attn.forest import CACHED_LAYOUTS, forest_of
-from prefix_attn.kernels.backward import BackwardTables, launch_backward
-from prefix_attn.kernels.config import INTERPRETER, Config, Tile, select_config
-from prefix_attn.kernels.forward import ForwardTables, launch_forward
+from prefix_attn.backends import FORWARD_VARIABLE, tuning
+from prefix_attn.backends.tables import Tables, Wanted, tables_of
+from prefix_attn.content import Content, content_of
+from prefix_attn.kernels.backward import launch_backward
+from prefix_attn.kernels.config import INTERPRETER, Config, select_config
+from prefix_attn.kernels.forward import launch_forward
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import INTERPRETED, dot_precision
 
@@ -32,13 +31,16 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
+    with_backward = q.requires_grad or k.requires_grad or v.requires_grad
     q, k, v = (_addressable(x) for x in (q, k, v))
     sinks = None if sinks is None else sinks.contiguous()
-    key, options = _key_and_options(segments, options)
-    launch_forward, config = _forward_kernel(q, v, sinks, options)
-    tables = _forward_tables(key, config.forward, q.device)
+    content = content_of(segments)
+    told = _as_kernels_see(content, options)
+    plan = _plan(q, v, sinks, told)
+    tables = _tables(plan, q, k, content, options, with_backward=with_backward)
     with _current(q):
-        return launch_forward(q, k, v, sinks, tables, options, config)
+        tables.use()
+        return plan.launch_forward(q, k, v, sinks, tables.forward, told, plan.config)
 
 
 def _forward_kernel(
@@ -79,16 +81,66 @@ def backward(
     """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
     dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
-    key, options = _key_and_options(segments, options)
-    config = config_for(q, v)
+    lse = lse.contiguous()
+    content = content_of(segments)
+    told = _as_kernels_see(content, options)
+    plan = _plan(q, v, sinks, told)
+    tables = _tables(plan, q, k, content, options, with_backward=True)
+    with _current(q):
+        lists = tables.backward
+        tables.use()
+        arguments = (dout, q, k, v, out, lse, dlse, sinks, lists, told, plan.config)
+        return launch_backward(*arguments, fused=plan.fused)
+
+
+class _Plan(NamedTuple):
+    """What both passes of a call launch.
+
+    Attributes:
+        launch_forward: the launcher of the forward pass.
+        config: for both passes, with the tile of keys that suits the options.
+        fused: whether programs that own keys add up dQ.
+    """
+
+    launch_forward: Callable[..., tuple[Tensor, Tensor]]
+    config: Config
+    fused: bool
+
+
+def _plan(q: Tensor, v: Tensor, sinks: Tensor | None, options: Options) -> _Plan:
+    launch_forward, config = _forward_kernel(q, v, sinks, options)
     fused = config.fused is not None and _any_order(options)
     softcap_window = options.softcap is not None and options.window_size is not None
-    config = replace(config, keys=config.keys_for(fused=fused, softcap_window=softcap_window))
-    tables = _backward_tables(key, config, k.shape[1], q.shape[1] // k.shape[1], fused, q.device)
-    lse = lse.contiguous()
-    arguments = (dout, q, k, v, out, lse, dlse, sinks, tables, options, config)
-    with _current(q):
-        return launch_backward(*arguments, fused=fused)
+    keys = config.keys_for(fused=fused, softcap_window=softcap_window)
+    if keys is not config.keys:
+        config = replace(config, keys=keys)
+    return _Plan(launch_forward, config, fused)
+
+
+def _as_kernels_see(content: Content, options: Options) -> Options:
+    """To kernels `prefix_causal` says that no segment at all is bidirectional.
+
+    Otherwise they read from where on a key is seen.
+    """
+    forest = content.forest(options.window_size, options.prefix_causal)
+    causal = not forest.bidirectional.any()
+    return options if causal == options.prefix_causal else replace(options, prefix_causal=causal)
+
+
+def _tables(
+    plan: _Plan, q: Tensor, k: Tensor, content: Content, options: Options, *, with_backward: bool
+) -> Tables:
+    kv_heads = k.shape[1]
+    wanted = Wanted(
+        q.device,
+        plan.config,
+        options.window_size,
+        options.prefix_causal,
+        kv_heads,
+        q.shape[1] // kv_heads,
+        plan.fused,
+    )
+    return tables_of(content, wanted, with_backward=with_backward)
 
 
 def _any_order(options: Options) -> bool:
@@ -153,81 +205,3 @@ def config_for(q: Tensor, v: Tensor) -> Config:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-class _Key(NamedTuple):
-    """What work lists are cached by: the content of a layout, not the object that holds it."""
-
-    segments: bytes
-    window_size: int | None
-    prefix_causal: bool
-
-
-def _key_and_options(segments: Tensor, options: Options) -> tuple[_Key, Options]:
-    """What work lists are cached by, and what kernels are told.
-
-    To them `prefix_causal` says that no segment at all is bidirectional: otherwise they read from
-    where on a key is seen.
-    """
-    key = _Key(segments.numpy().tobytes(), options.window_size, options.prefix_causal)
-    return key, replace(options, prefix_causal=not forest_of(*key).bidirectional.any())
-
-
-@lru_cache(CACHED_LAYOUTS)
-def _rule(key: _Key, device: torch.device) -> Tensor:
-    """The attention rule as kernels read it, see `ForwardTables`."""
-    forest = forest_of(*key)
-    rows = [forest.row_subtree_ends]
-    plain = key.window_size is None and not forest.bidirectional.any()
-    if not (plain and forest.has_queries.all()):
-        queries = np.zeros_like(forest.positions)
-        queries[: len(forest.query_rows)] = forest.query_rows
-        rows += [forest.row_seen_from, forest.positions, queries]
-    return _to(device, np.stack(rows))
-
-
-@lru_cache(CACHED_LAYOUTS)
-def _forward_tables(key: _Key, tile: Tile, device: torch.device) -> ForwardTables:
-    work = schedule.QueryTiles.from_forest(forest_of(*key), tile.block_m, tile.block_n)
-    return ForwardTables(
-        rule=_rule(key, device),
-        items=_to(device, work.items),
-        columns=_to(device, work.columns),
-        masked=_to(device, work.masked),
-    )
-
-
-@lru_cache(CACHED_LAYOUTS)
-def _backward_tables(
-    key: _Key, config: Config, heads: int, group: int, fused: bool, device: torch.device
-) -> BackwardTables:
-    forest = forest_of(*key)
-    keys = schedule.balanced_key_tiles(
-        forest,
-        config.keys.block_m,
-        config.keys.block_n,
-        heads=heads,
-        group=group,
-        processors=config.processors,
-    )
-    queries = schedule.QueryTiles.from_forest(
-        forest, config.queries.block_m, config.queries.block_n
-    )
-    order, _ = schedule.backward_order(keys, queries, config.keys.area, config.queries.area, group)
-    if fused:
-        order = order[order[:, 0] < len(keys.items)]
-    return BackwardTables(
-        rule=_rule(key, device),
-        order=_to(device, order),
-        key_items=_to(device, keys.items),
-        rows=_to(device, keys.queries),
-        splits=_to(device, keys.splits),
-        num_slots=keys.num_slots,
-        query_items=_to(device, queries.items),
-        columns=_to(device, queries.columns),
-        masked=_to(device, queries.masked),
-    )
-
-
-def _to(device: torch.device, table: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)

@@ -1,0 +1,206 @@
+"""Work lists on a device: built once per layout, copied there at once, and kept with the layout.
+
+A CUDA graph reads the memory of its tables whenever it is replayed, and can't say when it is gone:
+what is used during a capture is kept until the process ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefix_attn.backends import schedule
+from prefix_attn.content import Content
+from prefix_attn.forest import Forest
+from prefix_attn.kernels.backward import BackwardTables
+from prefix_attn.kernels.config import Config
+from prefix_attn.kernels.forward import ForwardTables
+
+# Tables start at multiples of so many integers, as tensors of their own would: 128 bytes.
+ALIGNMENT = 32
+
+
+class Wanted(NamedTuple):
+    """What the tables of a layout depend on.
+
+    Attributes:
+        device: where they live.
+        config: tiles of both passes, under the options of the call.
+        window_size: of the call.
+        prefix_causal: of the call.
+        kv_heads: Hkv.
+        group: query heads per KV head.
+        fused: whether the programs that own keys add up dQ.
+    """
+
+    device: torch.device
+    config: Config
+    window_size: int | None
+    prefix_causal: bool
+    kv_heads: int
+    group: int
+    fused: bool
+
+
+class Tables:
+    """The tables of one layout for one kind of call.
+
+    Attributes:
+        forward: those of the forward pass.
+    """
+
+    def __init__(self, content: Content, wanted: Wanted, *, with_backward: bool) -> None:
+        """Builds those of the forward pass, and with_backward the others in the same copy."""
+        self._content, self._wanted = content, wanted
+        self._uploads: list[_Upload] = []
+        forest = content.forest(wanted.window_size, wanted.prefix_causal)
+        tile = wanted.config.forward
+        work = schedule.QueryTiles.from_forest(forest, tile.block_m, tile.block_n)
+        forward = [_rule(forest), work.items, work.columns, work.masked]
+        backward, num_slots = self._backward_arrays() if with_backward else ([], 0)
+        copies = self._upload([*forward, *backward])
+        self.forward = ForwardTables(*copies[:4])
+        self._backward = self._as_backward(copies[4:], num_slots) if with_backward else None
+
+    @property
+    def backward(self) -> BackwardTables:
+        """Those of the backward pass, built now if they were not needed before."""
+        if self._backward is None:
+            _refuse_capture(self._wanted.device)
+            arrays, num_slots = self._backward_arrays()
+            self._backward = self._as_backward(self._upload(arrays), num_slots)
+        return self._backward
+
+    def use(self) -> None:
+        """To be called before a launch: orders the copies, and keeps what a CUDA graph reads."""
+        device = self._wanted.device
+        if device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            _captured.add(self)
+            return
+        stream = torch.cuda.current_stream(device)
+        for upload in self._uploads:
+            upload.wait(stream)
+
+    def _backward_arrays(self) -> tuple[list[np.ndarray], int]:
+        wanted = self._wanted
+        forest = self._content.forest(wanted.window_size, wanted.prefix_causal)
+        config = wanted.config
+        keys = schedule.balanced_key_tiles(
+            forest,
+            config.keys.block_m,
+            config.keys.block_n,
+            heads=wanted.kv_heads,
+            group=wanted.group,
+            processors=config.processors,
+        )
+        queries = schedule.QueryTiles.from_forest(
+            forest, config.queries.block_m, config.queries.block_n
+        )
+        order, _ = schedule.backward_order(
+            keys, queries, config.keys.area, config.queries.area, wanted.group
+        )
+        if wanted.fused:
+            order = order[order[:, 0] < len(keys.items)]
+        arrays = [order, keys.items, keys.queries, keys.splits]
+        return [*arrays, queries.items, queries.columns, queries.masked], keys.num_slots
+
+    def _as_backward(self, copies: Sequence[Tensor], num_slots: int) -> BackwardTables:
+        order, key_items, rows, splits, query_items, columns, masked = copies
+        return BackwardTables(
+            rule=self.forward.rule,
+            order=order,
+            key_items=key_items,
+            rows=rows,
+            splits=splits,
+            num_slots=num_slots,
+            query_items=query_items,
+            columns=columns,
+            masked=masked,
+        )
+
+    def _upload(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        upload = _Upload(arrays, self._wanted.device)
+        self._uploads.append(upload)
+        return upload.tables
+
+
+def tables_of(content: Content, wanted: Wanted, *, with_backward: bool) -> Tables:
+    """The tables of a layout, from its first call on the same object.
+
+    Args:
+        content: of the layout.
+        wanted: for what.
+        with_backward: whether a backward pass may follow, so that its tables go along.
+
+    Raises:
+        RuntimeError: if they would have to be built while a CUDA graph is captured.
+    """
+    tables: Tables | None = content.kept.get(wanted)
+    if tables is None:
+        _refuse_capture(wanted.device)
+        tables = Tables(content, wanted, with_backward=with_backward)
+        content.kept[wanted] = tables
+    return tables
+
+
+class _Upload:
+    """Arrays that were copied to a device together.
+
+    Attributes:
+        tables: their copies, int32, views of one tensor.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        starts = np.cumsum([0, *(-(-x.size // ALIGNMENT) * ALIGNMENT for x in arrays)]).tolist()
+        host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=on_gpu)
+        pieces = [host[start : start + x.size] for start, x in zip(starts, arrays, strict=False)]
+        for piece, x in zip(pieces, arrays, strict=True):
+            piece.numpy()[:] = x.ravel()
+        self._buffer = host.to(device, non_blocking=True)
+        self.tables = [
+            self._buffer[start : start + x.size].view(x.shape)
+            for start, x in zip(starts, arrays, strict=False)
+        ]
+        self._streams: set[int] = set()
+        if on_gpu:
+            stream = torch.cuda.current_stream(device)
+            self._copied = stream.record_event()
+            self._streams.add(stream.cuda_stream)
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Lets a stream that did not make the copy wait for it, and hold its memory."""
+        if stream.cuda_stream not in self._streams:
+            stream.wait_event(self._copied)
+            self._buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+
+
+def _rule(forest: Forest) -> np.ndarray:
+    """The attention rule as kernels read it, see `ForwardTables`."""
+    rows = [forest.row_subtree_ends]
+    plain = forest.window_size is None and not forest.bidirectional.any()
+    if not (plain and forest.has_queries.all()):
+        queries = np.zeros_like(forest.positions)
+        queries[: len(forest.query_rows)] = forest.query_rows
+        rows += [forest.row_seen_from, forest.positions, queries]
+    return np.stack(rows)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the work lists of this layout are not on the GPU yet, and a CUDA graph can't be "
+            "captured while they are built: run the same call once with this layout before the "
+            "capture, its backward pass included"
+        )
+
+
+# Read by CUDA graphs.
+_captured: set[Tables] = set()
