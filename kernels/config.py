@@ -83,6 +83,23 @@ INTERPRETER = Config(
 )
 
 
+def why_no_tiles(capability: int | None = None, amd: str | None = None) -> str | None:
+    """The reason why there are no tiles for a GPU, or None.
+
+    Args:
+        capability: compute capability as major * 10 + minor, such as 90.
+        amd: or the architecture of an AMD GPU, such as "gfx942".
+    """
+    if amd is not None:
+        return f"AMD GPUs have no tiles here, got {amd}"
+    if capability is not None and capability < 80:
+        return (
+            "needs compute capability 8.0 (A100, RTX 30) or newer, got "
+            f"{capability // 10}.{capability % 10}"
+        )
+    return None
+
+
 def select_config(
     capability: int,
     head_dim: int,

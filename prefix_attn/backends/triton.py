@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from prefix_attn.backends import FORWARD_VARIABLE, tuning
 from prefix_attn.backends.tables import Tables, Wanted, tables_of
 from prefix_attn.content import Content, content_of
 from prefix_attn.kernels.backward import launch_backward
-from prefix_attn.kernels.config import INTERPRETER, Config, select_config
+from prefix_attn.kernels.config import INTERPRETER, Config, select_config, why_no_tiles
 from prefix_attn.kernels.forward import launch_forward
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import INTERPRETED, dot_precision
@@ -160,7 +161,23 @@ def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str
         return f"needs CUDA tensors, or TRITON_INTERPRET=1 on any device; got {device_type} tensors"
     if dtype == torch.float64:
         return "float64 runs in Triton's interpreter only (TRITON_INTERPRET=1)"
-    return None
+    return _why_not_current_gpu()
+
+
+# A compiled program runs on the GPU that it was compiled for.
+@torch.compiler.assume_constant_result
+def _why_not_current_gpu() -> str | None:
+    """The reason why there are no tiles for the current GPU; None where there is no GPU at all."""
+    return _why_not_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@lru_cache
+def _why_not_gpu(index: int) -> str | None:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is None:
+        return why_no_tiles(properties.major * 10 + properties.minor)
+    # Such as gfx942:sramecc+:xnack-.
+    return why_no_tiles(amd=properties.gcnArchName.split(":")[0])
 
 
 def _why_not_interpreted(dtype: torch.dtype) -> str | None:
@@ -187,18 +204,29 @@ def config_for(q: Tensor, v: Tensor) -> Config:
     """What is launched for q and v; sweeps and tests put functions of their own in its place."""
     if q.device.type != "cuda":
         return INTERPRETER
-    properties = torch.cuda.get_device_properties(q.device)
+    tf32 = dot_precision(q.dtype) == "tf32"
+    tiles = os.environ.get(tuning.VARIABLE)
+    return _gpu_config(q.device, q.dtype, q.shape[2], v.shape[2], tf32, tiles)
+
+
+@lru_cache
+def _gpu_config(
+    device: torch.device, dtype: torch.dtype, d: int, dv: int, tf32: bool, tiles: str | None
+) -> Config:
+    """The configuration of a GPU; `tiles` is the file of `tuning`, or None."""
+    if reason := _why_not_gpu(device.index):
+        raise NotImplementedError(f"backend 'triton' can't serve {device}: {reason}")
+    properties, capability = torch.cuda.get_device_properties(device), _capability(device)
     config = select_config(
-        capability=_capability(q.device),
-        head_dim=q.shape[2],
-        dtype=q.dtype,
+        capability=capability,
+        head_dim=d,
+        dtype=dtype,
         processors=properties.multi_processor_count,
-        head_dim_v=v.shape[2],
-        tf32=dot_precision(q.dtype) == "tf32",
+        head_dim_v=dv,
+        tf32=tf32,
     )
-    if path := os.environ.get(tuning.VARIABLE):
-        key = tuning.key_of(_capability(q.device), q.dtype, q.shape[2], v.shape[2])
-        config = tuning.apply(path, key, config)
+    if tiles:
+        config = tuning.apply(tiles, tuning.key_of(capability, dtype, d, dv), config)
     return replace(config, l2_bytes=properties.L2_cache_size)
 
 
