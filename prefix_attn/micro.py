@@ -464,6 +464,11 @@ class Plan:
                 held[batch] += block.num_tokens
         return max(held, default=0)
 
+    @property
+    def tokens_apart(self) -> int:
+        """The same where every micro-batch runs its prefixes itself: those of the largest."""
+        return max((len(run.all_rows) for run in self.passes), default=0)
+
 
 def _rows_of(forest: Forest, segments: Sequence[int]) -> np.ndarray:
     starts, lengths = forest.starts[list(segments)], forest.lengths[list(segments)]

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from bench.bins import STEPS, first_fit
 from prefix_attn import PrefixLayout, pack_bins
+from prefix_attn.micro import Plan
+from prefix_attn.radix import find_prefixes
 
 TOKENS = st.lists(st.integers(0, 1), max_size=6)  # two ids: prefixes meet at every depth
 SEQUENCES = st.lists(TOKENS, min_size=1, max_size=8)
@@ -48,6 +50,16 @@ def test_pack_bins_holds_every_index_once_within_its_tokens(sequences, max_token
     assert max(unique_tokens(sequences, one) for one in bins) <= max_tokens
     fewest = pack_bins(sequences, max_tokens)
     assert len(bins) == max(num_bins, len(fewest))
+
+
+@given(SEQUENCES, st.integers(6, 20), st.integers(1, 4))
+def test_pack_bins_in_order_hold_no_more_than_one_of_them(sequences, max_tokens, min_tokens):
+    """In micro-groups, where prefixes are held from their first bin to their last."""
+    bins = pack_bins(sequences, max_tokens)
+    batch_of = np.repeat(np.arange(len(bins)), [len(one) for one in bins])
+    forest = find_prefixes([np.array(sequences[i], dtype=np.int64) for one in bins for i in one])
+    plan = Plan(forest, batch_of, len(bins), min_tokens=min_tokens)
+    assert plan.tokens_held <= plan.tokens_apart <= max_tokens
 
 
 @given(SEQUENCES, st.integers(6, 20))

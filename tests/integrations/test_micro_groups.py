@@ -165,6 +165,7 @@ def test_micro_groups_count_what_will_run():
     model = build()
     run = micro_groups(model, batches, min_tokens=1)
     assert (run.num_prefixes, run.tokens_run, run.tokens_held) == (1, 11 + 22, 11 + 9)
+    assert run.tokens_apart == 11 + 9
     with run as entered:
         ordinary(model, batches)
     assert entered is run
@@ -173,6 +174,8 @@ def test_micro_groups_count_what_will_run():
     apart = micro_groups(model, batches, min_tokens=12)  # the prompt is too short for a pass
     assert (apart.num_prefixes, apart.tokens_run, apart.tokens_held) == (0, 3 * 11 + 22, 11 + 9)
     assert micro_groups(model, batches).num_prefixes == 0
+    torn = micro_groups(model, cut([*group(2), *group(2, 8, 50)][::2] * 2, [1] * 4), min_tokens=1)
+    assert (torn.tokens_held, torn.tokens_apart) == (13 + 10, 13)  # both are open at once
     deep = micro_groups(model, cut(tree(), [1] * 11), min_tokens=9)
     # 9 tokens of a question and 3 above it; shorter branches run again
     assert deep.num_prefixes == 2

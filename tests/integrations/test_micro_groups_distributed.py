@@ -115,6 +115,13 @@ def run_fsdp2(rank: int) -> None:
     fewer = batches(rank)[: 5 - rank]
     with pytest.raises(ValueError, match=f"announce 4 to 5 micro-batches, this one {5 - rank}"):
         micro_groups(model, fewer)
+    holes = [*batches(rank)[:4], {**batches(rank)[4]}]
+    if rank:
+        holes[4]["attention_mask"] = torch.arange(holes[4]["input_ids"].numel()) % 2
+        holes[4]["attention_mask"] = holes[4]["attention_mask"].view_as(holes[4]["input_ids"])
+    here = "can't run micro-batch 4, which enable would pass through"
+    with pytest.raises(ValueError, match=here if rank else "another rank .* can't run its micro"):
+        micro_groups(model, holes)
 
 
 def run_fsdp1(rank: int) -> None:

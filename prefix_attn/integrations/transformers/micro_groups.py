@@ -14,11 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import PreTrainedModel
 
 from prefix_attn.integrations.packing import (
     HandBack,
@@ -26,17 +22,17 @@ from prefix_attn.integrations.packing import (
     PassThroughError,
     joint_ids,
 )
+from prefix_attn.integrations.ranks import sharing_groups, told_by_all
 from prefix_attn.integrations.transformers.attention import PackedMask
 from prefix_attn.integrations.transformers.calls import (
     HANDLED,
     ROW_KEYWORDS,
     as_asked,
     find_packing,
-    rope_reads_range,
 )
 from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.enable import check_once
-from prefix_attn.integrations.transformers.refusals import RECURRENT
+from prefix_attn.integrations.transformers.micro_refusals import recomputes, refuse_unserved
 from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan
 from prefix_attn.radix import find_prefixes
 
@@ -104,11 +100,13 @@ class MicroGroups:
     Attributes:
         tokens_run: tokens that all calls run together.
         tokens_held: the most tokens whose activations are held at once.
+        tokens_apart: the same without micro-groups: those of the largest micro-batch.
         num_prefixes: segments of the prefix tree that run once for several micro-batches.
     """
 
     tokens_run: int
     tokens_held: int
+    tokens_apart: int
     num_prefixes: int
 
     def __init__(
@@ -128,15 +126,12 @@ class MicroGroups:
         if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
             raise ValueError(f"min_tokens must be a number of tokens, got {min_tokens!r}")
         refuse_unserved(model, self._backbone)
-        groups = [process_group] if process_group is not None else sharing_groups(model)
-        self._batches = _announced(micro_batches)
-        _check_numbers(len(self._batches), groups, self._backbone.device)
-        packings = [self._packing(i, batch) for i, batch in enumerate(self._batches)]
-        self._slots = [_sequences_of(packing) for packing in packings]
-        self._row_index = [packing.row_index.cpu() for packing in packings]
-        self._plan = self._make_plan(offload, min_tokens, groups)
+        self._groups = [process_group] if process_group is not None else sharing_groups(model)
+        self._read(micro_batches)
+        self._plan = self._make_plan(offload, min_tokens)
         self.tokens_run = self._plan.tokens_run
         self.tokens_held = self._plan.tokens_held
+        self.tokens_apart = self._plan.tokens_apart
         self.num_prefixes = self._plan.num_prefixes
         self._next = 0  # micro-batch
         self._waiting: list[Tensor] | None = None  # for the embeddings of a pass
@@ -145,6 +140,44 @@ class MicroGroups:
         self._exits: list[Callable[[], None]] = []
 
     # ---- the plan -------------------------------------------------------------------------------
+
+    def _read(self, micro_batches: Iterable[Mapping[str, Any]]) -> None:
+        """Reads what is announced.
+
+        Raises:
+            ValueError: on all ranks that share parameters, if one can't read its micro-batches or
+                if their numbers differ. One that went on would wait for the others.
+        """
+        self._batches: list[dict[str, Any]] = []
+        reason: ValueError | None = None
+        try:
+            self._batches = _announced(micro_batches)
+            packings = [self._packing(i, batch) for i, batch in enumerate(self._batches)]
+            self._slots = [_sequences_of(packing) for packing in packings]
+            self._row_index = [packing.row_index.cpu() for packing in packings]
+            self._kinds = [_positions(batch).cpu().numpy() for batch in self._batches]
+            numbers = sorted({len(positions) for positions in self._kinds})
+            if len(numbers) > 1:
+                raise ValueError(
+                    f"position_ids of micro-batches have {numbers} kinds: give all one"
+                )
+        except ValueError as error:
+            reason = error
+        count = len(self._batches)
+        told = told_by_all((count, reason is None), self._groups)
+        if reason is not None:
+            raise reason
+        if not all(read for _, read in told):
+            raise ValueError(
+                "another rank that shares parameters can't run its micro-batches in micro_groups, "
+                "and says why"
+            )
+        counts = [number for number, _ in told]
+        if min(counts) < max(counts):
+            raise ValueError(
+                f"ranks that share parameters announce {min(counts)} to {max(counts)} "
+                f"micro-batches, this one {count}: all have to run the same number"
+            )
 
     def _packing(self, i: int, call: Mapping[str, Any]) -> Packing:
         """Reads micro-batch i as `enable` does.
@@ -160,14 +193,10 @@ class MicroGroups:
                 f"micro_groups can't run micro-batch {i}, which enable would pass through: {reason}"
             ) from reason
 
-    def _make_plan(self, offload: bool, min_tokens: int, groups: list[dist.ProcessGroup]) -> Plan:
+    def _make_plan(self, offload: bool, min_tokens: int) -> Plan:
         ids: list[np.ndarray] = [b["input_ids"].cpu().long().numpy() for b in self._batches]
-        kinds: list[np.ndarray] = [_positions(b).cpu().numpy() for b in self._batches]
-        numbers = sorted({len(positions) for positions in kinds})
-        if len(numbers) > 1:
-            raise ValueError(f"position_ids of micro-batches have {numbers} kinds: give all one")
         flat = np.concatenate([x.ravel() for x in ids])
-        places = np.concatenate([x.reshape(len(x), -1) for x in kinds], axis=1)
+        places = np.concatenate([x.reshape(len(x), -1) for x in self._kinds], axis=1)
         valid = np.concatenate([(rows >= 0).ravel().numpy() for rows in self._row_index])
         # What lies at padding is in no sequence, and may be negative.
         keys = joint_ids([np.where(valid, part, 0) for part in (flat, *places)])
@@ -191,7 +220,7 @@ class MicroGroups:
             len(self._batches),
             min_tokens=min_tokens,
             offload=offload,
-            agree=(lambda pairs: self._agree(pairs, groups)) if groups else None,
+            agree=self._agree if self._groups else None,
             in_company=dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1,
         )
         self._local_rows: list[Tensor] = []  # (B, L), -1 at padding: rows of each pass's layout
@@ -204,15 +233,9 @@ class MicroGroups:
             self._local_rows.append(torch.from_numpy(rows).view(ids[batch].shape))
         return plan
 
-    def _agree(self, pairs: Pairs, groups: list[dist.ProcessGroup]) -> Pairs:
+    def _agree(self, pairs: Pairs) -> Pairs:
         """The (first, last) micro-batches of all ranks' blocks."""
-        count = len(self._batches)
-        table = torch.zeros(count, count, dtype=torch.int32, device=self._backbone.device)
-        for pair in pairs:
-            table[pair] = 1
-        for group in groups:
-            dist.all_reduce(table, dist.ReduceOp.MAX, group)
-        return {(first, last) for first, last in table.nonzero().tolist()}
+        return set().union(*told_by_all(frozenset(pairs), self._groups))
 
     # ---- the block ------------------------------------------------------------------------------
 
@@ -398,7 +421,7 @@ class MicroGroups:
                 f"{type(self._backbone).__name__} does not call get_input_embeddings() for its "
                 "input_ids, which micro_groups needs: run it without micro_groups"
             )
-        if run.loops and _recomputes(self._backbone):
+        if run.loops and recomputes(self._backbone):
             raise NotImplementedError(
                 f"{type(self._backbone).__name__} runs its layers in a loop and recomputes them: "
                 "micro_groups can't tell the turns apart then. Switch gradient checkpointing off"
@@ -534,91 +557,3 @@ def _read(part: Part) -> Tensor:
     assert part.recorded is not None
     rows = part.recorded.read(part.start, part.length)
     return Join.apply(rows[:0].detach().requires_grad_(), 0, [part])
-
-
-# ---- what can't be served -----------------------------------------------------------------------
-
-
-def refuse_unserved(model: torch.nn.Module, backbone: PreTrainedModel) -> None:
-    """Raises if micro-groups would be wrong for an enabled model.
-
-    Raises:
-        NotImplementedError: naming what is not served.
-    """
-    reason = _why_not(model, backbone)
-    if reason is not None:
-        raise NotImplementedError(
-            f"micro_groups can't serve {type(backbone).__name__}: {reason}. Run it without "
-            "micro_groups"
-        )
-
-
-def _why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
-    if rope_reads_range(backbone.config):
-        return "its rotary frequencies depend on the longest sequence of a call"
-    for name, module in backbone.named_modules():
-        if RECURRENT.search(type(module).__name__) or isinstance(module, torch.nn.Conv1d):
-            return f"the states of {name} ({type(module).__name__}) are not recorded"
-    for module in model.modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or type(module).__name__ == "OptimizedModule":
-            return f"{type(module).__name__} is compiled, which can't record keys and values"
-    inside_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    calling = getattr(DistributedDataParallel, "_active_ddp_module", None)  # during its forward
-    inside_ddp = inside_ddp or calling is not None
-    if inside_ddp and _recomputes(backbone, reentrant=True):
-        return (
-            "DistributedDataParallel with reentrant checkpointing marks parameters twice: pass "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}'
-        )
-    return None
-
-
-def _recomputes(backbone: PreTrainedModel, *, reentrant: bool = False) -> bool:
-    """Whether layers are checkpointed; with `reentrant`, whether by reentrant checkpoints."""
-    for module in backbone.modules():
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            keywords = getattr(function, "keywords", {})
-            if not reentrant or keywords.get("use_reentrant", True):
-                return True
-        if type(module).__name__ == "CheckpointWrapper":
-            kind = getattr(getattr(module, "checkpoint_impl", None), "name", "REENTRANT")
-            if not reentrant or kind == "REENTRANT":
-                return True
-    return False
-
-
-# ---- ranks --------------------------------------------------------------------------------------
-
-
-def sharing_groups(model: torch.nn.Module) -> list[dist.ProcessGroup]:
-    """The groups of ranks that gather one another's parameters, so that all run the same passes.
-
-    Of a mesh with several dimensions all: a maximum over each in turn is one over all ranks.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return []
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor):
-            return list(parameter.device_mesh.get_all_groups())
-        if hasattr(parameter, "ds_id"):  # DeepSpeed's ZeRO-3
-            return [dist.group.WORLD] if dist.group.WORLD is not None else []
-    groups: dict[int, dist.ProcessGroup] = {}
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel) and module.process_group is not None:
-            groups[id(module.process_group)] = module.process_group
-    return list(groups.values())
-
-
-def _check_numbers(count: int, groups: list[dist.ProcessGroup], device: torch.device) -> None:
-    """Raises if ranks announce different numbers of micro-batches."""
-    least_and_most = torch.tensor([-count, count], device=device)
-    for group in groups:
-        dist.all_reduce(least_and_most, dist.ReduceOp.MAX, group)
-    least, most = -int(least_and_most[0]), int(least_and_most[1])
-    if least != most:
-        raise ValueError(
-            f"ranks that share parameters announce {least} to {most} micro-batches, this one "
-            f"{count}: all have to run the same number"
-        )

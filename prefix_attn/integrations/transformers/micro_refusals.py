@@ -1,0 +1,61 @@
+"""Models that micro-groups can't serve although `enable` does, refused by name."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from prefix_attn.integrations.transformers.calls import rope_reads_range
+from prefix_attn.integrations.transformers.refusals import RECURRENT
+
+
+def refuse_unserved(model: torch.nn.Module, backbone: PreTrainedModel) -> None:
+    """Raises if micro-groups would be wrong for an enabled model.
+
+    Raises:
+        NotImplementedError: naming what is not served.
+    """
+    reason = why_not(model, backbone)
+    if reason is not None:
+        raise NotImplementedError(
+            f"micro_groups can't serve {type(backbone).__name__}: {reason}. Run it without "
+            "micro_groups"
+        )
+
+
+def why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
+    """The reason why micro-groups would be wrong for an enabled model, or None."""
+    if rope_reads_range(backbone.config):
+        return "its rotary frequencies depend on the longest sequence of a call"
+    for name, module in backbone.named_modules():
+        if RECURRENT.search(type(module).__name__) or isinstance(module, torch.nn.Conv1d):
+            return f"the states of {name} ({type(module).__name__}) are not recorded"
+    for module in model.modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or type(module).__name__ == "OptimizedModule":
+            return f"{type(module).__name__} is compiled, which can't record keys and values"
+    inside_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    calling = getattr(DistributedDataParallel, "_active_ddp_module", None)  # during its forward
+    inside_ddp = inside_ddp or calling is not None
+    if inside_ddp and recomputes(backbone, reentrant=True):
+        return (
+            "DistributedDataParallel with reentrant checkpointing marks parameters twice: pass "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    return None
+
+
+def recomputes(backbone: PreTrainedModel, *, reentrant: bool = False) -> bool:
+    """Whether layers are checkpointed; with `reentrant`, whether by reentrant checkpoints."""
+    for module in backbone.modules():
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            keywords = getattr(function, "keywords", {})
+            if not reentrant or keywords.get("use_reentrant", True):
+                return True
+        if type(module).__name__ == "CheckpointWrapper":
+            kind = getattr(getattr(module, "checkpoint_impl", None), "name", "REENTRANT")
+            if not reentrant or kind == "REENTRANT":
+                return True
+    return False
