@@ -99,6 +99,7 @@ test-hf: $(HF_VENV)/.stamp ## transformers, TRL, PEFT and DTensor, in an environ
 test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 	$(VERL_VENV)/bin/python -m pytest -q tests/integrations/test_verl.py \
 		tests/integrations/test_verl_losses.py \
+		tests/integrations/test_verl_micro_groups.py \
 		tests/integrations/test_transformers_exact.py \
 		tests/integrations/test_transformers_backend.py
 

@@ -93,7 +93,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def new_engine(
-    model_path: str, attention: str, fused: bool = False, **options: Any
+    model_path: str, attention: str, fused: bool = False, strategy: str = "fsdp2", **options: Any
 ) -> FSDPEngineWithLMHead:
     """An engine as verl's workers make it, up to its model."""
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def new_engine(
         enable_gradient_checkpointing=True,
     )
     engine_config = FSDPEngineConfig(
-        strategy="fsdp2",
+        strategy=strategy,
         mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_torch_compile=False,
         **options,
@@ -167,7 +167,9 @@ def forward_and_backward(engine: FSDPEngineWithLMHead, batch: Any) -> dict[str, 
     return results
 
 
-def in_float64(model_path: str, monkeypatch: pytest.MonkeyPatch, batch: Any) -> dict[str, Tensor]:
+def in_float64(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, batch: Any, run: Any = forward_and_backward
+) -> dict[str, Tensor]:
     """The ordinary run with nothing rounded to float32."""
 
     def norm(self: nn.Module, x: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ def in_float64(model_path: str, monkeypatch: pytest.MonkeyPatch, batch: Any) -> 
     engine._build_model_optimizer()
     with monkeypatch.context() as patch:
         patch.setattr(transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm, "forward", norm)
-        return forward_and_backward(engine, batch)
+        return run(engine, batch)
 
 
 @pytest.mark.parametrize("remove_padding", [True, False], ids=["packed", "padded"])
