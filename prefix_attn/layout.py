@@ -56,6 +56,7 @@ class PrefixLayout:
         position_ids: (T,) int64, depth of each token along its path.
         subtree_end: (T,) int32, end of the subtree of each row's segment.
         query_rows: (Tq,) int64, packed rows that are queries, ascending: all but for `queries_for`.
+        seen_from: (T,) int64, the first row that sees each key; None if that is its own.
         sequence_leaves: (N,) int32 on the CPU, the leaf segment of each sequence, in the order in
             which the caller named the sequences.
         num_groups: number of roots.
@@ -68,6 +69,7 @@ class PrefixLayout:
     position_ids: Tensor
     subtree_end: Tensor
     query_rows: Tensor
+    seen_from: Tensor | None
     sequence_leaves: Tensor
     num_groups: int
     max_length: int
@@ -259,6 +261,11 @@ class PrefixLayout:
             position_ids=torch.from_numpy(forest.positions).to(target),
             subtree_end=torch.from_numpy(forest.row_subtree_ends.astype(np.int32)).to(target),
             query_rows=torch.from_numpy(forest.query_rows).to(target),
+            seen_from=(
+                torch.from_numpy(forest.row_seen_from).to(target)
+                if forest.bidirectional.any()
+                else None
+            ),
             sequence_leaves=torch.from_numpy(forest.leaves.astype(np.int32)),
             num_groups=forest.num_groups,
             max_length=forest.max_length,
@@ -295,6 +302,8 @@ class PrefixLayout:
         """The same layout with other copies of the tensors that live on its device."""
         names = ("cu_seqlens", "parents", "position_ids", "subtree_end", "query_rows")
         moved: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        if self.seen_from is not None:
+            moved["seen_from"] = function(self.seen_from)
         return replace(self, **moved)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -490,7 +499,7 @@ class PrefixLayout:
         window_size = None if window_size is None else int(window_size)
         subtree_end, position = self.subtree_end, self.position_ids
         rows = self.query_rows if self.num_queries < self.num_tokens else None
-        seen_from = self._seen_from[bool(prefix_causal)]
+        seen_from = self.seen_from if prefix_causal else self._seen_from
 
         def shared_prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             row = q_idx if rows is None else rows[q_idx]
@@ -527,15 +536,10 @@ class PrefixLayout:
 
     @cached_property
     @outside_inference_mode
-    def _seen_from(self) -> dict[bool, Tensor | None]:
-        """(T,) int64 by `prefix_causal`: the first row that sees each key; None is its own."""
-        forests = {causal: replace(self.forest, prefix_causal=causal) for causal in (True, False)}
-        return {
-            causal: torch.from_numpy(forest.row_seen_from).to(self.device)
-            if forest.bidirectional.any()
-            else None
-            for causal, forest in forests.items()
-        }
+    def _seen_from(self) -> Tensor:
+        """(T,) int64, the first row that sees each key where prefixes are bidirectional."""
+        forest = replace(self.forest, prefix_causal=False)
+        return torch.from_numpy(forest.row_seen_from).to(self.device)
 
     @cached_property
     @outside_inference_mode
