@@ -241,6 +241,33 @@ class Forest:
         filled = np.flatnonzero(self.lengths)
         return filled[np.searchsorted(self.starts[filled], rows, side="right") - 1]
 
+    def cut(self, rows: np.ndarray) -> Forest:
+        """The same forest with segments that begin at some more rows.
+
+        Args:
+            rows: ascending, each inside a segment or at its start. What is cut off from a segment
+                continues it, and takes over its children.
+        """
+        rows = rows[~np.isin(rows, self.starts)]
+        pieces = 1 + np.bincount(self.segment_of(rows), minlength=self.num_segments)
+        last = np.cumsum(pieces) - 1
+        first = last - pieces + 1
+        parents = np.arange(int(pieces.sum())) - 1
+        parents[first] = np.where(self.parents >= 0, last[self.parents], -1)
+        ends = np.empty(len(parents), dtype=np.int64)
+        ends[last] = self.ends
+        ends[np.setdiff1d(np.arange(len(parents)), last)] = rows
+        of_old = np.repeat(np.arange(self.num_segments), pieces)
+        return Forest(
+            lengths=np.diff(ends, prepend=0),
+            parents=parents,
+            has_queries=self.has_queries[of_old],
+            leaves=last[self.leaves],
+            window_size=self.window_size,
+            prefix_causal=self.prefix_causal,
+            sees_itself=None if self.sees_itself is None else self.sees_itself[of_old],
+        )
+
     # ---- sequences ------------------------------------------------------------------------------
 
     @property

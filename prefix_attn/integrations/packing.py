@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from prefix_attn.layout import PrefixLayout
 
 LARGEST_KEY = 2**62
 SINGLE = "a single sequence"
-HASHED_TOKENS = 4096  # at a time, for the memory that their 64-bit products need
+HASHED_ELEMENTS = 2**24  # at a time, for the memory that their 64-bit products need
 
 
 class PassThroughError(Exception):
@@ -32,19 +33,21 @@ class Packing:
         source_index: (T,) int64, flat place from which each packed row is taken.
         row_index: (B, L) int64, packed row of each place, -1 at padding.
         tokens_in: places that are not padding.
+        with_blocks: the same rows in a layout whose blocks see all of themselves, if there are any.
     """
 
     layout: PrefixLayout
     source_index: Tensor
     row_index: Tensor
     tokens_in: int
+    with_blocks: PrefixLayout | None = None
 
     def pack(self, x: Tensor) -> Tensor:
         """(..., B, L) -> (..., 1, T)."""
         return x.flatten(-2)[..., None, self.source_index]
 
     def pack_features(self, x: Tensor) -> Tensor:
-        """(B, L, H) -> (1, T, H), differentiable."""
+        """(B, L, ...) -> (1, T, ...), differentiable."""
         return x.flatten(0, 1)[self.source_index][None]
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -62,6 +65,9 @@ class PackingStats:
         tokens_in: tokens of the packed calls' batches, padding left out.
         tokens_run: rows that ran instead.
         passed_through: how many calls were not packed, by reason.
+        pictures_in: pictures and videos that the tower was called with.
+        pictures_run: those that it ran.
+        pictures_repeated: how many of its calls ran every copy of a picture, by reason.
     """
 
     calls: int = 0
@@ -69,6 +75,9 @@ class PackingStats:
     tokens_in: int = 0
     tokens_run: int = 0
     passed_through: Counter[str] = field(default_factory=Counter)
+    pictures_in: int = 0
+    pictures_run: int = 0
+    pictures_repeated: Counter[str] = field(default_factory=Counter)
 
     @property
     def ratio(self) -> float:
@@ -126,10 +135,14 @@ def pack_batch(
     always: bool = False,
     split: Split = Split.JUMPS,
     same_range: bool = False,
+    further: Sequence[Tensor] = (),
+    blocks: Tensor | None = None,
+    longest_block: int | None = None,
 ) -> Packing:
     """Packs a batch if enough of it is shared.
 
-    Two places share a row if everything up to them is the same: content and positions.
+    Two places share a row if everything up to them is the same: content and positions, and their
+    whole block if they lie in one.
 
     Args:
         content: (B, L) integers that are equal where tokens are.
@@ -139,6 +152,10 @@ def pack_batch(
         always: pack whatever the ratio is, and a single sequence too.
         split: what starts a new sequence within a row, if there is no attention mask.
         same_range: pack only if padding has no larger position than tokens have.
+        further: (B, L) integers each, which are to be equal as well.
+        blocks: (B, L) integers, equal where places see each other whatever their order, -1 at all
+            others; or None.
+        longest_block: places that a block may have, if a window ends what they see.
 
     Raises:
         PassThroughError: with the reason why the batch is not packed.
@@ -146,8 +163,13 @@ def pack_batch(
     parts = [content.long()]
     parts += [] if attention_mask is None else [(attention_mask != 0).long()]
     parts += [] if position_ids is None else list(position_ids.long())
+    parts += [x.long() for x in further]
+    parts += [] if blocks is None else [blocks.long()]
     host = torch.stack(parts).cpu().numpy()  # the one copy to the host
-    ids, rest = host[0], host[1:]
+    block_ids = None if blocks is None else host[-1].ravel()
+    first_further = len(parts) - len(further) - (blocks is not None)
+    also = host[first_further : first_further + len(further)]
+    ids, rest = host[0], host[1:first_further]
     if attention_mask is None:
         valid = np.ones(ids.shape, dtype=bool)
     else:
@@ -172,7 +194,9 @@ def pack_batch(
     if same_range and positions.max() > positions[:, valid].max():
         raise PassThroughError("positions of padding change the rotary frequencies")
 
-    contents = joint_ids([ids, *positions]).ravel()
+    contents = joint_ids([ids, *positions, *also]).ravel()
+    if block_ids is not None:
+        contents, block_starts = _whole_blocks(contents, block_ids, starts, stops, longest_block)
     sequences = [torch.from_numpy(contents[a:b]) for a, b in zip(starts, stops, strict=True)]
     layout, _ = PrefixLayout.from_sequences(sequences, device="cpu")
     tokens_in = int(valid.sum())
@@ -188,12 +212,79 @@ def pack_batch(
         places = np.arange(starts[i], stops[i])
         row_index[places] = rows
         source_index[rows] = places
-    device = content.device
+    device, with_blocks = content.device, None
+    if block_ids is not None:
+        inside = block_ids[source_index] >= 0
+        with_blocks = _cut_at_blocks(layout, inside, block_starts[source_index]).to(device)
     return Packing(
         layout=layout.to(device),
         source_index=torch.from_numpy(source_index).to(device),
         row_index=torch.from_numpy(row_index).to(device).view(content.shape),
         tokens_in=tokens_in,
+        with_blocks=with_blocks,
+    )
+
+
+def _whole_blocks(
+    contents: np.ndarray,
+    blocks: np.ndarray,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    longest: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the contents of blocks equal where whole blocks are, and nowhere else.
+
+    Args:
+        contents: (N,) integers of places.
+        blocks: (N,) the block of each, -1 outside.
+        starts: the first place of each sequence.
+        stops: the place behind its last one.
+        longest: places that a block may have, or None.
+
+    Returns:
+        The contents, and (N,) bool, the places at which a block starts.
+    """
+    numbers, begins = np.zeros_like(contents), np.zeros(len(contents), dtype=bool)
+    known: dict[bytes, int] = {}
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        mine = blocks[start:stop]
+        edges = [0, *(np.flatnonzero(np.diff(mine)) + 1).tolist(), stop - start]
+        seen: set[int] = set()
+        for a, b in pairwise(edges):
+            block = int(mine[a])
+            if block < 0:
+                continue
+            if block in seen:
+                raise PassThroughError("a block that sees all of itself lies in several pieces")
+            if longest is not None and b - a > longest:
+                raise PassThroughError(
+                    f"a sliding window of {longest} is shorter than a picture of {b - a} tokens, "
+                    "which see each other beyond it"
+                )
+            seen.add(block)
+            at = slice(start + a, start + b)
+            numbers[at] = 1 + known.setdefault(contents[at].tobytes(), len(known))
+            begins[at.start] = True
+    return joint_ids([contents, numbers]), begins
+
+
+def _cut_at_blocks(
+    layout: PrefixLayout, inside: np.ndarray, block_starts: np.ndarray
+) -> PrefixLayout:
+    """The same rows, with a segment of its own for each block.
+
+    Args:
+        layout: whose segments hold whole blocks.
+        inside: (T,) bool, rows of blocks.
+        block_starts: (T,) bool, their first rows.
+    """
+    edges = block_starts | (np.diff(inside, prepend=False) & ~inside)
+    forest = layout.forest.cut(np.flatnonzero(edges))
+    filled = forest.lengths > 0
+    whole = np.zeros(forest.num_segments, dtype=bool)
+    whole[filled] = inside[forest.starts[filled]]
+    return PrefixLayout.from_tree(
+        forest.lengths.tolist(), forest.parents.tolist(), bidirectional=whole.tolist()
     )
 
 
@@ -229,19 +320,28 @@ def content_of(embeddings: Tensor) -> Tensor:
     Different embeddings can meet in one number, with a chance of about 2**-63: see
     `check_content`.
     """
-    bits = _bits(embeddings).flatten(0, 1)
+    return checksums(bits_of(embeddings).flatten(0, 1)).view(embeddings.shape[:2])
+
+
+def checksums(bits: Tensor) -> Tensor:
+    """(N, K) integers -> (N,) int64, not negative and equal where rows are."""
     generator = torch.Generator("cpu").manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator, device="cpu")
     factors = (factors * 2 + 1).to(bits.device)
-    sums = [(chunk.long() * factors).sum(1) for chunk in bits.split(HASHED_TOKENS)]
-    return (torch.cat(sums) & (2**62 - 1)).view(embeddings.shape[:2])
+    at_once = max(1, HASHED_ELEMENTS // max(1, bits.shape[1]))
+    sums = [(chunk.long() * factors).sum(1) for chunk in bits.split(at_once)]
+    return torch.cat(sums) & (2**62 - 1)
 
 
-def gradient_is_wanted(embeddings: Tensor) -> bool:
+def gradient_is_wanted(embeddings: Tensor, shape: torch.Size) -> bool:
     """Whether the gradients of single places may be read, not only their sum in parameters.
 
     The packed row is taken from the first of the places that share it, and so is its gradient: that
     is right for what all of them were computed from in the same way.
+
+    Args:
+        embeddings: that hold something for each place.
+        shape: (B, L), with which a parameter would hold something for each place, too.
     """
     if not embeddings.requires_grad:
         return False
@@ -258,7 +358,7 @@ def gradient_is_wanted(embeddings: Tensor) -> bool:
         if type(node).__name__ == "AccumulateGrad":
             leaf = node.variable  # type: ignore[attr-defined]
             is_parameter = isinstance(leaf, torch.nn.Parameter)
-            if not is_parameter or leaf.shape[:2] == embeddings.shape[:2]:
+            if not is_parameter or leaf.shape[:2] == shape:
                 return True
     return False
 
@@ -270,20 +370,25 @@ def _is_watched(x: Tensor) -> bool:
     return not all(origin.startswith("torch.distributed") for origin in origins)
 
 
-def check_content(embeddings: Tensor, packing: Packing) -> None:
+def check_content(embeddings: Tensor, packing: Packing, name: str = "inputs_embeds") -> None:
     """Compares the embeddings of every place with those of its packed row, bit for bit.
+
+    Args:
+        embeddings: (B, L, H).
+        packing: of the batch.
+        name: what they are to the caller.
 
     Raises:
         PassThroughError: if two different embeddings were taken for one.
     """
-    bits = _bits(embeddings)
+    bits = bits_of(embeddings)
     packed = packing.pack_features(bits)[0]
     same = packed[packing.row_index.clamp(min=0)] == bits
     if not bool((same | (packing.row_index < 0)[..., None]).all()):
-        raise PassThroughError("inputs_embeds differ where their checksums agree")
+        raise PassThroughError(f"{name} differ where their checksums agree")
 
 
-def _bits(x: Tensor) -> Tensor:
-    """(B, L, H) -> (B, L, H or 2 H) integers of at most 32 bits: sums of 64 then keep them all."""
+def bits_of(x: Tensor) -> Tensor:
+    """(..., H) -> (..., H or 2 H) integers of at most 32 bits: sums of 64 then keep them all."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[x.element_size()]
     return x.detach().contiguous().view(kind)

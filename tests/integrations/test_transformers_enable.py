@@ -884,11 +884,6 @@ def test_text_is_packed_where_the_outer_model_makes_the_masks(kind, types):
     assert_same_when_enabled(model, batch)
 
 
-def test_pictures_that_see_all_of_themselves_pass_through():
-    model = vision_model("gemma3")
-    passes_through(model, with_picture(), "attention_mask adds rules to the causal mask")
-
-
 def test_pictures_are_refused_together_with_a_layout():
     """The layout has no rule for them, and no sign of the mask's but in its function."""
     model = vision_model("gemma3")

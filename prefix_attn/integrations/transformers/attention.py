@@ -90,8 +90,23 @@ class PackedMask:
 
     ndim = 4  # a 2-D mask would be cast
 
-    def __init__(self, layout: PrefixLayout) -> None:
+    def __init__(
+        self,
+        layout: PrefixLayout,
+        *,
+        says_who_sees_whom: bool = False,
+        harmless: frozenset[str] = HARMLESS,
+    ) -> None:
+        """Takes what the attention of a packed row needs.
+
+        Args:
+            layout: of the row.
+            says_who_sees_whom: whether it stands for a mask that says more than causality.
+            harmless: keywords of the row that may reach attention and do not change its result.
+        """
         self.layout = layout
+        self.says_who_sees_whom = says_who_sees_whom
+        self.harmless = harmless
         self.shape = (1, 1, layout.num_tokens, layout.num_tokens)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -107,19 +122,19 @@ class LazyMask:
     Attributes:
         arguments: the keyword arguments with which transformers asked for the mask.
         fallback: "sdpa" or "eager", whose mask it stands for.
-        layout: that of the packed row for which the mask was asked, if `enable` runs one.
+        packed: what was passed in its place, if `enable` runs a packed row.
+        layout: that of the packed row.
         adds_rules: whether more may be seen, or less, than the causal mask, its window and padding
             say.
     """
 
     ndim = 4  # generation with a static cache prepares masks outside the model and passes them in
 
-    def __init__(
-        self, arguments: dict[str, Any], fallback: str, layout: PrefixLayout | None
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any], fallback: str, packed: PackedMask | None) -> None:
         self.arguments = arguments
         self.fallback = fallback
-        self.layout = layout
+        self.packed = packed
+        self.layout = None if packed is None else packed.layout
         self.adds_rules = _adds_rules(arguments)
         self._call_checked = False
         self._built: tuple[Tensor | None] | None = None
@@ -241,13 +256,15 @@ def splits_rows(mask: LazyMask) -> bool:
     return False
 
 
-def _make_mask(fallback: str, **arguments: Any) -> LazyMask | Tensor | None:
+def _make_mask(fallback: str, **arguments: Any) -> LazyMask | PackedMask | Tensor | None:
     """Stands in for transformers' mask functions, which are called by keyword."""
     mask = arguments.get("attention_mask")
     if isinstance(mask, LazyMask):
         return mask
     if isinstance(mask, PackedMask):
-        return LazyMask({**arguments, "attention_mask": None}, fallback, mask.layout)
+        if mask.says_who_sees_whom:
+            return mask
+        return LazyMask({**arguments, "attention_mask": None}, fallback, mask)
     if arguments["q_length"] == arguments["kv_length"] and arguments["q_length"] > 1:
         made = LazyMask(arguments, fallback, None)
         if mask_making.at_once:
@@ -282,8 +299,9 @@ def _attend(
     Returns:
         `(out, weights)`: out (B, T, Hq, DV); the weights only if eager attention gives them.
     """
-    if isinstance(attention_mask, (LazyMask, PackedMask)) and prefix_layout is None:
-        prefix_layout = attention_mask.layout  # for models that drop unknown keyword arguments
+    if isinstance(attention_mask, (LazyMask, PackedMask)) and attention_mask.layout is not None:
+        # That of this type of layer; and models may drop unknown keyword arguments.
+        prefix_layout = attention_mask.layout
     if prefix_layout is not None:
         return _attend_packed(module, query, key, value, attention_mask, prefix_layout, options)
     if isinstance(attention_mask, LazyMask):
@@ -336,12 +354,15 @@ def _attend_packed(
         raise NotImplementedError(f"{name} adds a position bias, which is not supported")
     # Beside a mask transformers ignores `is_causal`.
     causal = options.get("is_causal") is not False or isinstance(attention_mask, LazyMask)
-    if not causal or not getattr(module, "is_causal", True):
+    packed = attention_mask.packed if isinstance(attention_mask, LazyMask) else attention_mask
+    harmless = packed.harmless if isinstance(packed, PackedMask) else HARMLESS
+    told = isinstance(packed, PackedMask) and packed.says_who_sees_whom
+    if not told and not (causal and getattr(module, "is_causal", True)):
         raise NotImplementedError(f"{name} is not causal, which is not supported")
     if options.get("output_attentions"):
         raise NotImplementedError("attention weights (output_attentions) are not computed")
     for option, given in options.items():
-        if isinstance(given, Tensor) and given.numel() > 1 and option not in HARMLESS:
+        if isinstance(given, Tensor) and given.numel() > 1 and option not in harmless:
             raise NotImplementedError(f"{name} passes {option!r} to attention: not supported")
     if isinstance(attention_mask, LazyMask):
         reason = attention_mask.why_not(window)

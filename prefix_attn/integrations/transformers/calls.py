@@ -22,13 +22,17 @@ from prefix_attn.integrations.packing import (
 )
 from prefix_attn.integrations.transformers.attention import (
     EAGER_NAME,
+    HARMLESS,
     SDPA_NAME,
     LazyMask,
     PackedMask,
     splits_rows,
 )
+from prefix_attn.integrations.transformers.blocks import blocks_of
 from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
 from prefix_attn.integrations.transformers.hooks import check_hooks
+from prefix_attn.integrations.transformers.refusals import is_causal_by_mask
+from prefix_attn.integrations.transformers.token_keywords import TokenKeywords
 
 GENERATION = "past_key_values or use_cache=True"
 JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"
@@ -91,15 +95,19 @@ def find_packing(
     if kwargs.get("is_causal") is False:
         raise PassThroughError("is_causal=False")
     check_hooks(backbone, embeds=embeds is not None)
-    for name, value in kwargs.items():
-        if name not in HANDLED and _holds_tokens(value):
-            raise PassThroughError(f"the keyword {name}")
     tokens = ids if embeds is None else embeds
     if tokens is None or (ids is not None and embeds is not None):
         raise PassThroughError("not exactly one of input_ids and inputs_embeds")
     if tokens.dim() != (2 if embeds is None else 3) or not tokens.numel():
         raise PassThroughError(f"tokens of shape {tuple(tokens.shape)}")
     shape = tokens.shape[:2]
+    held = _token_keywords(backbone, kwargs, shape)
+    for name, value in kwargs.items():
+        if name not in HANDLED and name not in held.names and _holds_tokens(value):
+            raise PassThroughError(f"the keyword {name}")
+    blocks, longest_block = _blocks(backbone, kwargs.get("attention_mask"), shape)
+    if blocks is None and is_causal_by_mask(backbone.config):
+        raise PassThroughError("no mask of an outer model says where the layers are causal")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         raise PassThroughError("attention_mask is not of shape (B, L)")
     positions = _as_kinds(position_ids, shape)
@@ -112,7 +120,7 @@ def find_packing(
     split = Split.NEVER if mask is not None else _split(backbone, kwargs, positions)
     if shape[0] == 1 and not always:
         _pass_single_sequence(mask, positions, split)
-    if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds):
+    if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds, shape):
         raise PassThroughError("the gradient of inputs_embeds itself is wanted")
     packing = pack_batch(
         tokens if embeds is None else content_of(embeds),
@@ -122,10 +130,20 @@ def find_packing(
         always=always,
         split=split,
         same_range=rope_reads_range(backbone.config),
+        further=held.contents(),
+        blocks=blocks,
+        longest_block=longest_block,
     )
     if embeds is not None:
         check_content(embeds, packing)
+    held.check(packing)
     return packing
+
+
+def _token_keywords(
+    backbone: PreTrainedModel, kwargs: dict[str, Any], shape: torch.Size
+) -> TokenKeywords:
+    return TokenKeywords.of(kwargs, backbone._prefix_attn.token_keywords, shape)
 
 
 def _plain_mask(mask: Any) -> Any:
@@ -133,13 +151,57 @@ def _plain_mask(mask: Any) -> Any:
     made = list(mask.values()) if isinstance(mask, dict) else [mask]
     if not made or not all(isinstance(one, LazyMask) for one in made):
         return mask
-    if any(one.adds_rules for one in made):
-        raise PassThroughError("attention_mask adds rules to the causal mask")
     first, *others = (one.arguments.get("attention_mask") for one in made)
     for other in others:
         if other is not first and (other is None or first is None or not other.equal(first)):
             raise PassThroughError("attention_mask differs between layers")
     return first
+
+
+def _blocks(
+    backbone: PreTrainedModel, mask: Any, shape: torch.Size
+) -> tuple[Tensor | None, int | None]:
+    """The blocks of a batch that see all of themselves, by the masks of an outer model.
+
+    Returns:
+        (B, L) block of each place, -1 outside, or None; and how long a block may be, or None.
+
+    Raises:
+        PassThroughError: if the masks say more than segments of a layout can.
+    """
+    ids, longest = None, None
+    for one in _layer_masks(mask).values():
+        if not (isinstance(one, LazyMask) and one.adds_rules):
+            continue
+        said = blocks_of(one.arguments.get("mask_function"))
+        if said is None or said.ids is None or said.ids.shape != shape:
+            raise PassThroughError("attention_mask adds rules to the causal mask")
+        if ids is not None and not ids.equal(said.ids):
+            raise PassThroughError("pictures differ between the masks of layers")
+        ids = said.ids
+        if said.outruns_window:
+            longest = backbone.config.sliding_window
+    return ids, longest
+
+
+def _layer_masks(mask: Any) -> dict[Any, Any]:
+    """Masks by type of layer; one that serves all layers has no type."""
+    return mask if isinstance(mask, dict) else {None: mask}
+
+
+def _packed_masks(mask: Any, packing: Packing, harmless: frozenset[str]) -> Any:
+    """What stands for the masks of a packed row: one, or one for each type of layer."""
+    if packing.with_blocks is None:
+        return PackedMask(packing.layout, harmless=harmless)
+    packed = {
+        kind: PackedMask(
+            packing.with_blocks if one.adds_rules else packing.layout,
+            says_who_sees_whom=True,
+            harmless=harmless,
+        )
+        for kind, one in _layer_masks(mask).items()
+    }
+    return packed if isinstance(mask, dict) else packed[None]
 
 
 def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
@@ -232,22 +294,30 @@ def rope_reads_range(config: Any) -> bool:
     return "'dynamic'" in text or "'longrope'" in text
 
 
-def build_masks(mask: Any) -> None:
-    """Builds the masks that an outer model made, for a batch that runs as it is."""
-    for one in mask.values() if isinstance(mask, dict) else [mask]:
+def built_masks(mask: Any) -> Any:
+    """The masks that an outer model made, built for a batch that runs as it is."""
+    for one in _layer_masks(mask).values():
         if isinstance(one, LazyMask):
             one.build()
+    return mask.build() if isinstance(mask, LazyMask) else mask
 
 
 @torch.compiler.disable(recursive=False)
-def run_packed(original: Callable[..., Any], packing: Packing, kwargs: dict[str, Any]) -> Any:
+def run_packed(
+    backbone: PreTrainedModel,
+    original: Callable[..., Any],
+    packing: Packing,
+    kwargs: dict[str, Any],
+) -> Any:
     """Runs the packed row and hands every output back in the layout of the batch."""
-    out = original(**_packed_call(packing, kwargs))
+    out = original(**_packed_call(backbone, packing, kwargs))
     return _hand_back_all(out, packing)
 
 
 @torch.compiler.disable
-def _packed_call(packing: Packing, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _packed_call(
+    backbone: PreTrainedModel, packing: Packing, kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The keyword arguments of the packed row."""
     call = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
     position_ids = kwargs.get("position_ids")
@@ -260,8 +330,10 @@ def _packed_call(packing: Packing, kwargs: dict[str, Any]) -> dict[str, Any]:
         call["position_ids"] = (packing.source_index % shape[1])[None]
     else:
         call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *shape))
+    held = _token_keywords(backbone, kwargs, shape)
+    call |= held.pack(packing)
     call.update(
-        attention_mask=PackedMask(packing.layout),
+        attention_mask=_packed_masks(kwargs.get("attention_mask"), packing, HARMLESS | held.names),
         use_cache=False,
         return_dict=True,
         prefix_layout=packing.layout,

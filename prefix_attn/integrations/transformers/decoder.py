@@ -1,6 +1,9 @@
-"""Finds the module that runs the layers, inside whatever wraps a model."""
+"""Finds the module that runs the layers, inside whatever wraps a model, and refers to it."""
 
 from __future__ import annotations
+
+import weakref
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -41,3 +44,26 @@ def _without_head(decoder: PreTrainedModel) -> PreTrainedModel:
             )
         decoder = inner
     return decoder
+
+
+class Weak:
+    """A model, for what is set on itself in the place of its methods.
+
+    A strong reference would be a cycle, with which the memory of a deleted model waits for Python's
+    collector. Copied and pickled, it refers to the copy of the model.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._reference = weakref.ref(module)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        module = self._reference()
+        if module is None:
+            raise ReferenceError(
+                "the enabled model was deleted, only its forward is left: keep the model"
+            )
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weak, (self.module,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -21,20 +21,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.packing import Packing, PackingStats, PassThroughError
+from prefix_attn.integrations.transformers import pictures
 from prefix_attn.integrations.transformers.attention import EAGER_NAME, SDPA_NAME, mask_making
 from prefix_attn.integrations.transformers.caches import generates
 from prefix_attn.integrations.transformers.calls import (
     GENERATION,
     as_asked,
-    build_masks,
+    built_masks,
     find_packing,
     run_packed,
     runs_ours,
 )
-from prefix_attn.integrations.transformers.decoder import decoder_of
+from prefix_attn.integrations.transformers.decoder import Weak, decoder_of
 from prefix_attn.integrations.transformers.hooks import check_adapters
 from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
+from prefix_attn.integrations.transformers.token_keywords import checked_names
 
 MIN_RATIO = 1.2
 WARN_AFTER = 20
@@ -50,6 +52,7 @@ class _Enabled:
 
     min_ratio: float
     always: bool
+    token_keywords: tuple[str, ...]
     check_pending: bool
     implementation: str  # before enable
     forward: Callable[..., Any] | None  # set on the instance before enable
@@ -58,35 +61,14 @@ class _Enabled:
     warned: bool = False
 
 
-class _Weak:
-    """The decoder, for its own forward.
-
-    A strong reference would be a cycle, with which the memory of a deleted model waits for Python's
-    collector. Copied and pickled, it refers to the copy of the decoder.
-    """
-
-    def __init__(self, module: PreTrainedModel) -> None:
-        self._reference = weakref.ref(module)
-
-    @property
-    def module(self) -> PreTrainedModel:
-        module = self._reference()
-        if module is None:
-            raise ReferenceError(
-                "the enabled model was deleted, only its forward is left: keep the model"
-            )
-        return module
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Weak, (self.module,)
-
-
 def enable(
     model: Model,
     *,
     min_ratio: float = MIN_RATIO,
     always: bool = False,
     self_check: bool | None = None,
+    share_pictures: bool = True,
+    token_keywords: Iterable[str] = (),
 ) -> Model:
     """Computes prefixes that the rows of a batch share once, in every later call of the model.
 
@@ -104,6 +86,12 @@ def enable(
             then differ by less between a batch of one and a batch of many.
         self_check: before the first batch, compare packed and ordinary hidden states of a few of
             its tokens; by default for types of models that the tests do not cover.
+        share_pictures: run the tower of a vision-language model once for each distinct picture of
+            a batch. A tower that draws noise in training runs every copy.
+        token_keywords: names of keywords with which the decoder is called and that hold something
+            for each token, (B, L, ...) tensors such as the experts that a rollout chose. They are
+            packed, and tokens are shared only where they are equal. Without this, a keyword that
+            may hold something for each token lets the batch pass through.
 
     Returns:
         The model, changed in place.
@@ -111,14 +99,17 @@ def enable(
     Raises:
         TypeError: if there is no transformers model.
         NotImplementedError: if the model's layers would be wrong on a packed row, naming them.
-        ValueError: if min_ratio is less than 1, or if there are several transformers models.
+        ValueError: if min_ratio is less than 1, if a token keyword is one that `enable` reads
+            itself, or if there are several transformers models.
     """
     if not min_ratio >= 1:
         raise ValueError(f"min_ratio must be at least 1, got {min_ratio}")
+    keywords = checked_names(token_keywords)
     backbone = decoder_of(model)
     state = backbone.__dict__.get("_prefix_attn")
     if state is not None and runs_ours(backbone):
-        state.min_ratio, state.always = min_ratio, always
+        state.min_ratio, state.always, state.token_keywords = min_ratio, always, keywords
+        _set_sharing_of_pictures(model, backbone, share_pictures)
         return model
     disable(model)
     refuse_unsupported(backbone)
@@ -135,6 +126,7 @@ def enable(
     backbone._prefix_attn = _Enabled(
         min_ratio=min_ratio,
         always=always,
+        token_keywords=keywords,
         check_pending=(
             backbone.config.model_type not in TESTED_MODEL_TYPES
             if self_check is None
@@ -144,10 +136,20 @@ def enable(
         forward=backbone.__dict__.get("forward"),
         parameters=list(parameters)[1:],
     )
-    backbone.forward = partial(_forward, _Weak(backbone))
+    backbone.forward = partial(_forward, Weak(backbone))
     backbone._replicate_for_data_parallel = _refuse_replicas
     _backbones.add(backbone)
+    _set_sharing_of_pictures(model, backbone, share_pictures)
     return model
+
+
+def _set_sharing_of_pictures(
+    model: torch.nn.Module, backbone: PreTrainedModel, is_wanted: bool
+) -> None:
+    if is_wanted:
+        pictures.share_pictures(model, backbone)
+    else:
+        pictures.restore_pictures(model)
 
 
 def disable(model: Model) -> Model:
@@ -164,6 +166,7 @@ def disable(model: Model) -> Model:
         raise RuntimeError(
             f"the forward of {type(backbone).__name__} was replaced after enable: undo that first"
         )
+    pictures.restore_pictures(model)
     del backbone.forward
     if state.forward is not None:
         backbone.forward = state.forward
@@ -204,7 +207,7 @@ def _sharing_config_of(backbone: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 @torch.compiler.disable(recursive=False)
-def _forward(decoder: _Weak, *args: Any, **kwargs: Any) -> Any:
+def _forward(decoder: Weak, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward after `enable`."""
     self = decoder.module
     state: _Enabled = self._prefix_attn
@@ -212,7 +215,7 @@ def _forward(decoder: _Weak, *args: Any, **kwargs: Any) -> Any:
     original = state.forward or MethodType(type(self).forward, self)
     packing = _decide(self, state, original, kwargs)
     if packing is not None:
-        return as_asked(run_packed(original, packing, kwargs), self, kwargs)
+        return as_asked(run_packed(self, original, packing, kwargs), self, kwargs)
     before = mask_making.at_once
     mask_making.at_once = kwargs.get("prefix_layout") is None
     try:
@@ -241,8 +244,8 @@ def _decide(
         layout = kwargs.get("prefix_layout")
         if layout is not None and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = layout.position_ids[None]
-        if layout is None:
-            build_masks(kwargs.get("attention_mask"))
+        if layout is None and "attention_mask" in kwargs:
+            kwargs["attention_mask"] = built_masks(kwargs["attention_mask"])
         return None
     counts.packed_calls += 1
     counts.tokens_in += packing.tokens_in
@@ -274,7 +277,7 @@ def check_once(
             packing = find_packing(backbone, {**batch, "use_cache": False}, min_ratio=1.0)
         except PassThroughError:
             return None
-        hidden: Tensor = run_packed(original, packing, batch).last_hidden_state
+        hidden: Tensor = run_packed(backbone, original, packing, batch).last_hidden_state
         return hidden
 
     self_check(backbone, tokens, run, packed)

@@ -33,6 +33,7 @@ from prefix_attn.integrations.transformers.calls import (
 from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.enable import check_once
 from prefix_attn.integrations.transformers.micro_refusals import recomputes, refuse_unserved
+from prefix_attn.integrations.transformers.token_keywords import KNOWN
 from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan
 from prefix_attn.radix import find_prefixes
 
@@ -186,6 +187,12 @@ class MicroGroups:
             ValueError: with the reason why it can't be packed.
         """
         kwargs = {"use_cache": False, **call}
+        for name in (*self._backbone._prefix_attn.token_keywords, *KNOWN):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(
+                    f"micro_groups can't serve the token keyword {name}: call the model outside of "
+                    "it"
+                )
         try:
             return find_packing(self._backbone, kwargs, 1.0, always=True)
         except PassThroughError as reason:

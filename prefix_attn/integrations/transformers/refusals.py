@@ -25,6 +25,9 @@ NAMED = {
     "llama4_text": "the temperature of its attention depends on the place in the row",
 }
 
+# Decoders that PaliGemma makes bidirectional: they see what masks say, and all without a mask.
+PREFIX_LANGUAGE = frozenset({"gemma", "gemma2"})
+
 # What attention layers call the sizes of their heads.
 HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim", "head_size", "attention_head_size")
 
@@ -67,7 +70,7 @@ def why_not(backbone: PreTrainedModel) -> str | None:
             return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
         if isinstance(module, torch.nn.Conv1d):
             return f"{name} (Conv1d) is a convolution: it would mix neighbours in the packed row"
-        if getattr(module, "is_causal", None) is False:
+        if getattr(module, "is_causal", None) is False and not is_causal_by_mask(config):
             return f"{name} ({type(module).__name__}) is not causal"
     if not type(backbone)._supports_attention_backend:
         return "it does not call transformers' attention interface"
@@ -83,6 +86,13 @@ def why_not(backbone: PreTrainedModel) -> str | None:
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         return 'sdpa drops its softcap: call set_attn_implementation("eager") first'
     return _why_not_heads(backbone) or _why_not_implementation(config._attn_implementation)
+
+
+def is_causal_by_mask(config: Any) -> bool:
+    """Whether only masks of an outer model make layers causal, behind the prompt of PaliGemma."""
+    return config.model_type in PREFIX_LANGUAGE and bool(
+        getattr(config, "use_bidirectional_attention", False)
+    )
 
 
 def _why_not_heads(backbone: PreTrainedModel) -> str | None:
