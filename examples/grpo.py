@@ -7,6 +7,9 @@ what differs is the time.
 
     python examples/grpo.py --steps 40 --output grpo.png
 
+With `--micro 2` the run with shared prefixes takes two completions at a time: memory does not grow
+with the group, and the instructions still run once for each update.
+
 Needs `pip install prefix-attn[hf]`, matplotlib and tqdm. Runs on a CPU in a few minutes.
 """
 
@@ -16,6 +19,7 @@ import argparse
 import importlib.util
 import string
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -57,6 +61,7 @@ class Run:
         model: trained in place.
         optimizer: of its parameters.
         noise: source of its samples; both runs have the same.
+        micro: completions that it runs at a time, in micro-groups; 0 for all at once.
         rewards: mean reward of the sampled completions.
         losses: of every update.
         seconds: time of the updates; sampling is left out.
@@ -67,6 +72,7 @@ class Run:
     model: Qwen3ForCausalLM
     optimizer: torch.optim.Optimizer
     noise: torch.Generator
+    micro: int = 0
     rewards: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -102,6 +108,11 @@ class Batch:
         parts = (self.prompts, self.completions, self.rewards, self.advantages)
         return Batch(*(x[kept] for x in parts), sizes[sizes > 0].tolist())
 
+    def split(self, size: int) -> list[tuple[Tensor, ...]]:
+        """Prompts, completions and advantages of so many completions at a time."""
+        parts = (self.prompts, self.completions, self.advantages)
+        return list(zip(*(x.split(size) for x in parts), strict=True))
+
 
 def encode(text: str) -> list[int]:
     """One token per character."""
@@ -133,7 +144,8 @@ def new_run(args: argparse.Namespace, *, shared: bool) -> Run:
     if shared:
         model = prefix_attn.enable(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    return Run(model, optimizer, torch.Generator().manual_seed(args.seed))
+    noise = torch.Generator().manual_seed(args.seed)
+    return Run(model, optimizer, noise, micro=args.micro if shared else 0)
 
 
 @torch.no_grad()
@@ -158,31 +170,62 @@ def sample(run: Run, prompts: Tensor, group: int, length: int) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
+def inputs_of(prompts: Tensor, completions: Tensor) -> dict[str, Tensor]:
+    """An ordinary batch of whole sequences."""
+    ids = torch.cat([prompts, completions], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def log_probs_of(
     model: Qwen3ForCausalLM, prompts: Tensor, completions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B, L) log-probabilities and entropies of an ordinary batch, whether prefixes are shared."""
-    ids = torch.cat([prompts, completions], dim=1)
-    hidden = model.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-    start = prompts.shape[1]
-    rows = hidden[:, start - 1 : -1]
+    hidden = model.model(**inputs_of(prompts, completions), use_cache=False)[0]
+    rows = hidden[:, prompts.shape[1] - 1 : -1]
     return token_log_probs(rows, model.lm_head.weight, completions, return_entropy=True)
 
 
 def loss_of(
-    log_probs: Tensor, old: Tensor | None, batch: Batch, args: argparse.Namespace
+    log_probs: Tensor,
+    old: Tensor | None,
+    advantages: Tensor,
+    batch: Batch,
+    args: argparse.Namespace,
 ) -> Tensor:
-    """The loss that `--loss` names."""
-    mask = torch.ones_like(batch.completions)
+    """The loss that `--loss` names, of some completions: it adds up over the parts of a batch."""
+    mask = torch.ones_like(log_probs)
     dtype = log_probs.dtype
     if args.loss == "rebel":  # compares rewards itself, and needs the groups
         rewards = batch.rewards.to(dtype)
         return rebel_loss(log_probs, old, rewards, mask, batch.group_sizes, eta=args.eta)
-    advantages = batch.advantages.to(dtype)
+    advantages = advantages.to(dtype)
+    count, tokens = len(batch.completions), batch.completions.numel()
     if args.loss == "cispo":
-        return cispo_loss(log_probs, old, advantages, mask, clip_high=4.0)
+        return cispo_loss(log_probs, old, advantages, mask, clip_high=4.0, denominator=tokens)
     loss_function = grpo_loss if args.loss == "grpo" else gspo_loss
-    return loss_function(log_probs, old, advantages, mask)
+    return loss_function(log_probs, old, advantages, mask, denominator=count)
+
+
+def update(run: Run, batch: Batch, olds: list[Tensor], args: argparse.Namespace) -> None:
+    """One optimiser step; the first one of a batch records its old log-probabilities."""
+    parts = batch.split(run.micro or len(batch.completions))
+    first = not olds
+    total = 0.0
+    run.optimizer.zero_grad()
+    announced = [inputs_of(prompts, completions) for prompts, completions, _ in parts]
+    with prefix_attn.micro_groups(run.model, announced) if run.micro else nullcontext():
+        for i, (prompts, completions, advantages) in enumerate(parts):
+            log_probs, entropy = log_probs_of(run.model, prompts, completions)
+            loss = loss_of(log_probs, None if first else olds[i], advantages, batch, args)
+            loss = loss - args.entropy * entropy.sum() / batch.completions.numel()
+            loss.backward()
+            total += float(loss.detach())
+            if first:
+                olds.append(log_probs.detach())
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    run.losses.append(total)
+    run.tokens += batch.prompts.numel() + batch.completions.numel()
 
 
 def take_step(run: Run, prompts: Tensor, args: argparse.Namespace) -> None:
@@ -199,18 +242,10 @@ def take_step(run: Run, prompts: Tensor, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if args.prune:
         batch = batch.without(args.prune)
-    old = None
     run.model.train()
+    olds: list[Tensor] = []
     for _ in range(args.updates):
-        log_probs, entropy = log_probs_of(run.model, batch.prompts, batch.completions)
-        loss = loss_of(log_probs, old, batch, args) - args.entropy * entropy.mean()
-        old = log_probs.detach() if old is None else old
-        run.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.losses.append(float(loss.detach()))
-        run.tokens += batch.prompts.numel() + batch.completions.numel()
+        update(run, batch, olds, args)
     run.seconds.append(time.perf_counter() - start)
 
 
@@ -330,6 +365,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--length", type=int, default=16, help="tokens of a completion")
     parser.add_argument("--updates", type=int, default=2, help="optimiser steps per sampling")
+    parser.add_argument(
+        "--micro",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run N completions at a time with shared prefixes, in micro-groups",
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--entropy", type=float, default=0.0, help="weight of an entropy bonus")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
@@ -342,6 +384,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     }.items():  # fmt: skip
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.micro < 0:
+        parser.error(f"--micro must be at least 0, got {args.micro}")
+    if args.micro and args.loss == "rebel":
+        parser.error("--loss rebel compares all completions of a group: leave --micro out")
     if args.prompts > len(LETTERS):
         parser.error(f"--prompts must be at most {len(LETTERS)}, got {args.prompts}")
     if not args.entropy >= 0:

@@ -44,6 +44,7 @@ def run(grpo, tmp_path, *options):
         ["--loss", "cispo"],
         ["--loss", "rebel", "--prune"],
         ["--advantages", "kalman", "--prune", "0.4"],
+        ["--micro", "2", "--loss", "cispo", "--prune", "--entropy", "0.01"],
     ],
     ids=" ".join,
 )
@@ -67,7 +68,11 @@ def test_both_runs_are_the_same_training(grpo, tmp_path, capsys, options):
     assert shared.abs().max() > 1e-4  # the second update of a step has a loss
 
     stats = prefix_attn.stats(pairs["float32"][1].model)
-    assert stats.packed_calls == 4
+    parts = 1
+    if "--micro" in options:  # three completions are left of six
+        parts = 2
+        assert stats.tokens_run < 4 * 600  # the instructions run once for each update
+    assert stats.packed_calls == 4 * parts
     assert stats.tokens_in == pairs["float32"][0].tokens
     assert stats.ratio > 2
     assert (tmp_path / "grpo.png").stat().st_size > 10_000
@@ -105,6 +110,8 @@ def test_pruning_leaves_ragged_groups(grpo):
         (["--prompts", "27"], "--prompts must be at most 26, got 27"),
         (["--lr", "0"], "--lr must be positive, got 0.0"),
         (["--prune", "1"], "--prune must be at least 0 and below 1, got 1.0"),
+        (["--micro", "-1"], "--micro must be at least 0, got -1"),
+        (["--micro", "2", "--loss", "rebel"], "--loss rebel compares all completions of a group"),
         (["--eta", "0"], "--eta must be positive, got 0.0"),
         (["--output", "a.txt"], "--output must end in .png, .svg or .pdf, got a.txt"),
     ],
