@@ -122,19 +122,25 @@ class LazyMask:
     Attributes:
         arguments: the keyword arguments with which transformers asked for the mask.
         fallback: "sdpa" or "eager", whose mask it stands for.
-        packed: what was passed in its place, if `enable` runs a packed row.
-        layout: that of the packed row.
+        layout: that of the packed row for which the mask was asked, if `enable` runs one.
+        harmless: see `PackedMask`.
         adds_rules: whether more may be seen, or less, than the causal mask, its window and padding
             say.
     """
 
     ndim = 4  # generation with a static cache prepares masks outside the model and passes them in
 
-    def __init__(self, arguments: dict[str, Any], fallback: str, packed: PackedMask | None) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        fallback: str,
+        layout: PrefixLayout | None,
+        harmless: frozenset[str] = HARMLESS,
+    ) -> None:
         self.arguments = arguments
         self.fallback = fallback
-        self.packed = packed
-        self.layout = None if packed is None else packed.layout
+        self.layout = layout
+        self.harmless = harmless
         self.adds_rules = _adds_rules(arguments)
         self._call_checked = False
         self._built: tuple[Tensor | None] | None = None
@@ -264,7 +270,7 @@ def _make_mask(fallback: str, **arguments: Any) -> LazyMask | PackedMask | Tenso
     if isinstance(mask, PackedMask):
         if mask.says_who_sees_whom:
             return mask
-        return LazyMask({**arguments, "attention_mask": None}, fallback, mask)
+        return LazyMask({**arguments, "attention_mask": None}, fallback, mask.layout, mask.harmless)
     if arguments["q_length"] == arguments["kv_length"] and arguments["q_length"] > 1:
         made = LazyMask(arguments, fallback, None)
         if mask_making.at_once:
@@ -354,9 +360,10 @@ def _attend_packed(
         raise NotImplementedError(f"{name} adds a position bias, which is not supported")
     # Beside a mask transformers ignores `is_causal`.
     causal = options.get("is_causal") is not False or isinstance(attention_mask, LazyMask)
-    packed = attention_mask.packed if isinstance(attention_mask, LazyMask) else attention_mask
-    harmless = packed.harmless if isinstance(packed, PackedMask) else HARMLESS
-    told = isinstance(packed, PackedMask) and packed.says_who_sees_whom
+    harmless = HARMLESS
+    if isinstance(attention_mask, (LazyMask, PackedMask)):
+        harmless = attention_mask.harmless
+    told = isinstance(attention_mask, PackedMask) and attention_mask.says_who_sees_whom
     if not told and not (causal and getattr(module, "is_causal", True)):
         raise NotImplementedError(f"{name} is not causal, which is not supported")
     if options.get("output_attentions"):
