@@ -8,6 +8,7 @@ VENV := .venv
 OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
+MEGATRON_VENV := .venv-megatron
 OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
@@ -15,7 +16,7 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-oldest bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -53,6 +54,12 @@ $(VERL_VENV)/.stamp: pyproject.toml
 		'tensordict<=0.10' accelerate codetiming datasets dill omegaconf peft pillow ray \
 		pytest hypothesis
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps verl==0.9.1
+	touch $@
+
+$(MEGATRON_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(MEGATRON_VENV)
+	$(MEGATRON_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) megatron-core==0.16.1 einops \
+		numpy pytest hypothesis
 	touch $@
 
 # All that pyproject.toml asks for, at the oldest versions that it takes.
@@ -103,6 +110,10 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 		tests/integrations/test_transformers_exact.py \
 		tests/integrations/test_transformers_backend.py
 
+test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two (not in make test)
+	$(MEGATRON_VENV)/bin/python -m pytest -q tests/integrations/test_megatron.py \
+		tests/integrations/test_megatron_distributed.py
+
 test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers and TRL (not in make test)
 	env -u TRITON_INTERPRET $(OLDEST_VENV)/bin/python -m pytest -q -n 2 $(NUMERIC) \
 		tests/test_layout.py tests/test_ops.py tests/test_schedule.py
@@ -142,5 +153,5 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(OLDEST_VENV) build dist out site *.egg-info \
-		.pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) $(OLDEST_VENV) \
+		build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
