@@ -25,6 +25,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from prefix_attn.api import prefix_attention
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.shards import RowShard
 
 # Where the operators' tensors carry query heads and KV heads; every other tensor is replicated.
 QUERY_HEAD_DIM = {
@@ -136,6 +137,22 @@ def ulysses_attention(
         options["sinks"] = sinks.chunk(size)[rank]
     out = prefix_attention(whole[0], whole[1], whole[2], layout, **options)
     return _heads_to_rows(F.pad(out, (0, 0, 0, 0, 0, rows * size - tokens)), size, group)
+
+
+def sharded_attention(q: Tensor, k: Tensor, v: Tensor, shard: RowShard, **options: Any) -> Tensor:
+    """`prefix_attention` for the rows of a shard, on every rank of its group.
+
+    Args:
+        q: (n, Hq, D), one for each of `shard.rows`.
+        k: (n, Hkv, D).
+        v: (n, Hkv, DV).
+        shard: of this rank.
+        **options: those of `ulysses_attention`.
+
+    Returns:
+        (n, Hq, DV), zero at padding.
+    """
+    return ulysses_attention(q, k, v, shard.layout, shard.group, **options)
 
 
 def _rows_to_heads(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.shards import RowShard
 
 LARGEST_KEY = 2**62
 SINGLE = "a single sequence"
@@ -41,6 +42,15 @@ class Packing:
     row_index: Tensor
     tokens_in: int
     with_blocks: PrefixLayout | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that run."""
+        return self.source_index.shape[0]
+
+    def carrying(self, layout: PrefixLayout) -> PrefixLayout | RowShard:
+        """What takes a layout of the packed row to the attention of the rows that run."""
+        return layout
 
     def pack(self, x: Tensor) -> Tensor:
         """(..., B, L) -> (..., 1, T)."""

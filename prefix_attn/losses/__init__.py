@@ -13,9 +13,11 @@ from prefix_attn.losses.log_probs import (
     token_log_probs,
 )
 from prefix_attn.losses.policy import cispo_loss, dpo_loss, grpo_loss, gspo_loss, rebel_loss
+from prefix_attn.shards import RowShard, shard_rows
 
 __all__ = [
     "Completions",
+    "RowShard",
     "cispo_loss",
     "completion_log_probs",
     "dpo_loss",
@@ -27,5 +29,6 @@ __all__ = [
     "packed_log_probs",
     "prune_completions",
     "rebel_loss",
+    "shard_rows",
     "token_log_probs",
 ]

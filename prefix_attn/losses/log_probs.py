@@ -24,6 +24,7 @@ from prefix_attn.losses.checks import (
 )
 from prefix_attn.losses.pieces import right_padded
 from prefix_attn.losses.sharded import VocabularyShard, is_dtensor, local, placed_like
+from prefix_attn.shards import RowShard, sum_over_ranks
 
 # Logits that are held at a time, unless `chunk_size` says otherwise: what the caches of a CPU hold,
 # or 64 MiB of float32.
@@ -127,22 +128,28 @@ def token_log_probs(
 
 
 def packed_log_probs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, layout: PrefixLayout, **options: Any
+    hidden: Tensor, weight: Tensor, ids: Tensor, layout: PrefixLayout | RowShard, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of every packed token that has a predecessor on its path.
 
     The last row of a prefix predicts the first token of each of its children.
 
+    With a `RowShard` each rank of its group gets the log-probabilities that its own rows predict.
+    A loss of these is then a PART of the whole loss, and gradients are those of the SUM of the
+    parts: where DDP or FSDP averages gradients over the group's ranks, multiply the part by their
+    number. Whatever the loss divides by must count the tokens of all ranks.
+
     Args:
-        hidden: (T, H) hidden states on the packed axis.
+        hidden: (T, H) hidden states on the packed axis; (n, H) those of `shard.rows`.
         weight: (V, H) of the language-model head.
-        ids: (T,) packed token ids.
-        layout: of T tokens.
+        ids: (T,) packed token ids, all of them under a shard too.
+        layout: of T tokens, or the `RowShard` of this rank.
         **options: those of `token_log_probs`.
 
     Returns:
         (M,), one value for each entry of `layout.target_index`; with `return_entropy` a pair: the
-        entropies are those of the rows `layout.predictor_index`.
+        entropies are those of the rows `layout.predictor_index`. Under a shard one value for each
+        of `shard.pairs`, the numbers of these entries: `weights[shard.pairs]` are their weights.
 
     Example:
         >>> layout, ids = PrefixLayout.from_sequences([[5, 6, 7, 8], [5, 6, 9]])
@@ -151,8 +158,13 @@ def packed_log_probs(
         (torch.Size([4]), [1, 2, 3, 4])
     """
     _check_packed(hidden, ids, layout)
-    targets = ids[layout.target_index]
-    return token_log_probs(hidden[layout.predictor_index], weight, targets, **options)
+    if isinstance(layout, RowShard):
+        whole, pairs = layout.layout, layout.pairs
+        predictors = layout.places[whole.predictor_index[pairs]]
+        targets = whole.target_index[pairs]
+    else:
+        predictors, targets = layout.predictor_index, layout.target_index
+    return token_log_probs(hidden[predictors], weight, ids[targets], **options)
 
 
 class Completions(NamedTuple):
@@ -173,7 +185,7 @@ def completion_log_probs(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    layout: PrefixLayout,
+    layout: PrefixLayout | RowShard,
     prompt_lens: int | Sequence[int],
     **options: Any,
 ) -> Completions:
@@ -201,6 +213,8 @@ def completion_log_probs(
         [[True, True], [True, False]]
     """
     _check_packed(hidden, ids, layout)
+    shard = layout if isinstance(layout, RowShard) else None
+    layout = layout.layout if isinstance(layout, RowShard) else layout
     count, tokens = layout.num_sequences, layout.num_tokens
     starts = integers("prompt_lens", prompt_lens, count)
     if len(starts) != count:
@@ -219,7 +233,10 @@ def completion_log_probs(
     wanted = index[mask].unique()
     predictor = torch.zeros(tokens, dtype=torch.int64, device=layout.device)
     predictor[layout.target_index] = layout.predictor_index
-    result = token_log_probs(hidden[predictor[wanted]], weight, ids[wanted], **options)
+    if shard is None:
+        result = token_log_probs(hidden[predictor[wanted]], weight, ids[wanted], **options)
+    else:
+        result = _of_all_ranks(hidden, weight, ids, shard, predictor[wanted], wanted, options)
     place = torch.zeros_like(predictor)
     place[wanted] = torch.arange(len(wanted), device=layout.device)
 
@@ -231,6 +248,36 @@ def completion_log_probs(
     if isinstance(result, tuple):
         return Completions(spread(result[0]), mask, spread(result[1]))
     return Completions(spread(result), mask, None)
+
+
+def _of_all_ranks(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    shard: RowShard,
+    predictors: Tensor,
+    targets: Tensor,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, ...]:
+    """What `token_log_probs` gives for some pairs, each from the rank that has its predictor.
+
+    Args:
+        hidden: (n, H) of the own rows.
+        weight: (V, H).
+        ids: (T,).
+        shard: of this rank.
+        predictors: (W,) packed rows.
+        targets: (W,) packed rows that they predict.
+        options: those of `token_log_probs`.
+    """
+    places = shard.places[predictors]
+    own = (places >= 0).nonzero()[:, 0]
+    found = token_log_probs(hidden[places[own]], weight, ids[targets[own]], **options)
+
+    def spread(x: Tensor) -> Tensor:
+        return sum_over_ranks(x.new_zeros(len(places)).index_put((own,), x), shard.group)
+
+    return tuple(map(spread, found)) if isinstance(found, tuple) else spread(found)
 
 
 # ---- log-probabilities in slices of the vocabulary ----------------------------------------------
@@ -453,8 +500,8 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
             )
 
 
-def _check_packed(hidden: Tensor, ids: Tensor, layout: PrefixLayout) -> None:
-    if not isinstance(layout, PrefixLayout):
+def _check_packed(hidden: Tensor, ids: Tensor, layout: PrefixLayout | RowShard) -> None:
+    if not isinstance(layout, (PrefixLayout, RowShard)):
         raise TypeError(f"layout must be a PrefixLayout, got {type(layout).__name__}")
     for name, x in (("hidden", hidden), ("ids", ids)):
         if not isinstance(x, Tensor):
@@ -466,13 +513,15 @@ def _check_packed(hidden: Tensor, ids: Tensor, layout: PrefixLayout) -> None:
             )
         if x.device != layout.device:
             raise ValueError(f"the layout is on {layout.device}, {name} on {x.device}")
+    rows = layout.num_rows if isinstance(layout, RowShard) else layout.num_tokens
+    layout = layout.layout if isinstance(layout, RowShard) else layout
     tokens = layout.num_tokens
     if layout.num_queries != tokens:
         raise ValueError(
             f"the layout has queries for {layout.num_queries} of {tokens} tokens: the rows that "
             "predict are not all there; call token_log_probs with your own rows"
         )
-    if hidden.dim() != 2 or len(hidden) != tokens:
-        raise ValueError(f"hidden must have shape ({tokens}, H), got {tuple(hidden.shape)}")
+    if hidden.dim() != 2 or len(hidden) != rows:
+        raise ValueError(f"hidden must have shape ({rows}, H), got {tuple(hidden.shape)}")
     if ids.shape != (tokens,):
         raise ValueError(f"ids must have shape ({tokens},), got {tuple(ids.shape)}")

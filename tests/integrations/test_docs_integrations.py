@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 import prefix_attn
@@ -27,8 +28,16 @@ def run(page: str) -> dict[str, Any]:
     return run_examples(page, names, integrations=True)
 
 
+@pytest.fixture(scope="module")
+def one_rank():
+    """What torchrun would have started."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", [p for p in pages_to_run(integrations=True) if p != GRPO])
-def test_python_examples_run(page):
+def test_python_examples_run(page, one_rank):
     run(page)
 
 

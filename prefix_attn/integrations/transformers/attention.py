@@ -31,6 +31,7 @@ from prefix_attn.integrations import OLDEST_TRANSFORMERS
 from prefix_attn.integrations.transformers.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.micro import PassLayout
+from prefix_attn.shards import RowShard
 
 if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
     raise ImportError(
@@ -92,7 +93,7 @@ class PackedMask:
 
     def __init__(
         self,
-        layout: PrefixLayout,
+        layout: PrefixLayout | RowShard,
         *,
         says_who_sees_whom: bool = False,
         harmless: frozenset[str] = HARMLESS,
@@ -100,14 +101,15 @@ class PackedMask:
         """Takes what the attention of a packed row needs.
 
         Args:
-            layout: of the row.
+            layout: of the row, or the rows of it that this rank runs.
             says_who_sees_whom: whether it stands for a mask that says more than causality.
             harmless: keywords of the row that may reach attention and do not change its result.
         """
         self.layout = layout
         self.says_who_sees_whom = says_who_sees_whom
         self.harmless = harmless
-        self.shape = (1, 1, layout.num_tokens, layout.num_tokens)
+        rows = rows_under(layout)
+        self.shape = (1, 1, rows, rows)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -199,7 +201,9 @@ class LazyMask:
             )
         return None
 
-    def check_call(self, module: torch.nn.Module, position_ids: Any, layout: PrefixLayout) -> None:
+    def check_call(
+        self, module: torch.nn.Module, position_ids: Any, layout: PrefixLayout | RowShard
+    ) -> None:
         """Checks the labels and positions that came with a layout, once for all layers.
 
         Refused are labels that would be paired with the wrong rows, and positions that do not
@@ -207,21 +211,34 @@ class LazyMask:
 
         Args:
             module: the attention layer.
-            position_ids: as the layer has them: (1, T), or something that can't be checked.
+            position_ids: as the layer has them: one for each row of the layout, or something that
+                can't be checked.
             layout: that the caller passed.
         """
         if self._call_checked:
             return
         self._call_checked = True
         check_labels(module)
-        if not isinstance(position_ids, Tensor) or position_ids.shape != (1, layout.num_tokens):
+        if not isinstance(position_ids, Tensor) or position_ids.shape != (1, rows_under(layout)):
             return
-        steps = position_ids[0, layout.target_index] - position_ids[0, layout.predictor_index]
+        if isinstance(layout, RowShard):
+            before = layout.places[layout.layout.predictor_index]
+            after = layout.places[layout.layout.target_index]
+            here = (before >= 0) & (after >= 0)  # other ranks have the other rows
+            before, after = before[here], after[here]
+        else:
+            before, after = layout.predictor_index, layout.target_index
+        steps = position_ids[0, after] - position_ids[0, before]
         if not bool((steps == 1).all()):
             raise ValueError(
                 "position_ids must grow by one along every path of the prefix_layout: pass "
                 "position_ids=layout.position_ids[None]"
             )
+
+
+def rows_under(layout: PrefixLayout | RowShard) -> int:
+    """Rows that a model runs at a time: of a shard those of one rank."""
+    return layout.num_rows if isinstance(layout, RowShard) else layout.num_tokens
 
 
 def _adds_rules(arguments: dict[str, Any]) -> bool:
@@ -287,7 +304,7 @@ def _attend(
     attention_mask: LazyMask | PackedMask | Tensor | None,
     *,
     fallback: str,
-    prefix_layout: PrefixLayout | None = None,
+    prefix_layout: PrefixLayout | RowShard | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one attention layer: `prefix_attention` under a layout, else the fallback.
@@ -299,7 +316,7 @@ def _attend(
         value: (B, Hkv, T, DV).
         attention_mask: what `_make_mask` returned.
         fallback: "sdpa" or "eager".
-        prefix_layout: that of the packed row.
+        prefix_layout: that of the packed row, or the part of it that this rank runs.
         **options: what else the layer hands over.
 
     Returns:
@@ -332,24 +349,25 @@ def _attend_packed(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask | PackedMask | Tensor | None,
-    layout: PrefixLayout,
+    layout: PrefixLayout | RowShard,
     options: dict[str, Any],
 ) -> tuple[Tensor, None]:
     name = type(module).__name__
     window = options.pop("sliding_window", None)
     softcap, sinks = options.pop("softcap", None), options.pop("s_aux", None)
     scale, dropout = options.pop("scaling", None), options.pop("dropout", 0.0)
-    if not isinstance(layout, PrefixLayout):
+    if not isinstance(layout, (PrefixLayout, RowShard)):
         raise TypeError(f"prefix_layout must be a PrefixLayout, got {type(layout).__name__}")
     if isinstance(layout, PassLayout):  # of micro-groups: the keys of its prefixes are recorded
         key, value = layout.run.join(module, key, value)
-    fits = query.shape[2] == layout.num_queries and key.shape[2] == layout.num_tokens
-    if query.shape[0] != 1 or not fits:
+    rows = rows_under(layout)
+    queries = layout.num_queries if isinstance(layout, PrefixLayout) else rows
+    if query.shape[0] != 1 or query.shape[2] != queries or key.shape[2] != rows:
         raise ValueError(
-            f"the prefix_layout has {layout.num_tokens} tokens, so the row must have shape "
-            f"(1, {layout.num_tokens}); {name} got queries {tuple(query.shape)} and keys "
-            f"{tuple(key.shape)} (batch, heads, tokens, dim). Caches and slices of a row, as in "
-            "sequence parallelism, are not supported"
+            f"the prefix_layout has {rows} tokens, so the row must have shape (1, {rows}); {name} "
+            f"got queries {tuple(query.shape)} and keys {tuple(key.shape)} (batch, heads, tokens, "
+            "dim). Caches are not supported. For slices of a row, as in sequence parallelism, pass "
+            "prefix_layout=shard_rows(layout, group)"
         )
     if dropout:
         raise ValueError(
@@ -383,7 +401,8 @@ def _attend_packed(
             "a prefix_layout: pass attention_mask=None"
         )
     q, k, v = (_unit_stride(_as_autocast(x)[0].transpose(0, 1)) for x in (query, key, value))
-    out = prefix_attention(
+    attend: Any = prefix_attention if isinstance(layout, PrefixLayout) else _attend_shard
+    out = attend(
         q,
         k,
         v,
@@ -395,6 +414,13 @@ def _attend_packed(
     )
     assert isinstance(out, Tensor)
     return out[None].contiguous(), None  # some models call view on it
+
+
+@torch.compiler.disable
+def _attend_shard(q: Tensor, k: Tensor, v: Tensor, shard: RowShard, **options: Any) -> Tensor:
+    from prefix_attn.integrations.distributed import sharded_attention  # DTensor takes seconds
+
+    return sharded_attention(q, k, v, shard, **options)
 
 
 def _as_autocast(x: Tensor) -> Tensor:

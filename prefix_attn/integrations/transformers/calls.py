@@ -71,11 +71,19 @@ def runs_ours(backbone: PreTrainedModel) -> bool:
 
 
 def find_packing(
-    backbone: PreTrainedModel, kwargs: dict[str, Any], min_ratio: float, *, always: bool = False
+    backbone: PreTrainedModel,
+    kwargs: dict[str, Any],
+    min_ratio: float,
+    *,
+    always: bool = False,
+    is_whole: bool = False,
 ) -> Packing:
-    """Packs the batch of a call, or raises PassThroughError with the reason why not."""
+    """Packs the batch of a call, or raises PassThroughError with the reason why not.
+
+    `always` is that of `enable`; `is_whole` says that a row is known to be no slice of one.
+    """
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    mask, position_ids = _plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
+    mask, position_ids = plain_mask(kwargs.get("attention_mask")), kwargs.get("position_ids")
     if kwargs.get("prefix_layout") is not None:
         if not runs_ours(backbone):
             raise RuntimeError(
@@ -101,7 +109,7 @@ def find_packing(
     if tokens.dim() != (2 if embeds is None else 3) or not tokens.numel():
         raise PassThroughError(f"tokens of shape {tuple(tokens.shape)}")
     shape = tokens.shape[:2]
-    held = _token_keywords(backbone, kwargs, shape)
+    held = token_keywords_of(backbone, kwargs, shape)
     for name, value in kwargs.items():
         if name not in HANDLED and name not in held.names and _holds_tokens(value):
             raise PassThroughError(f"the keyword {name}")
@@ -110,12 +118,13 @@ def find_packing(
         raise PassThroughError("no mask of an outer model says where the layers are causal")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         raise PassThroughError("attention_mask is not of shape (B, L)")
-    positions = _as_kinds(position_ids, shape)
+    positions = as_kinds(position_ids, shape)
     if _ran_flash(backbone) and shape[0] == 1:
         if mask is not None and bool((mask != 0).all()):
             mask = None  # as transformers does for flash attention
         if mask is None:
-            _refuse_slices(positions)
+            if not is_whole:
+                _refuse_slices(positions)
             positions = _with_places(positions, kwargs)
     split = Split.NEVER if mask is not None else _split(backbone, kwargs, positions)
     if shape[0] == 1 and not always:
@@ -140,13 +149,13 @@ def find_packing(
     return packing
 
 
-def _token_keywords(
+def token_keywords_of(
     backbone: PreTrainedModel, kwargs: dict[str, Any], shape: torch.Size
 ) -> TokenKeywords:
     return TokenKeywords.of(kwargs, backbone._prefix_attn.token_keywords, shape)
 
 
-def _plain_mask(mask: Any) -> Any:
+def plain_mask(mask: Any) -> Any:
     """The (B, L) mask from which an outer model made the masks of the decoder's layers."""
     made = list(mask.values()) if isinstance(mask, dict) else [mask]
     if not made or not all(isinstance(one, LazyMask) for one in made):
@@ -170,7 +179,7 @@ def _blocks(
         PassThroughError: if the masks say more than segments of a layout can.
     """
     ids, longest = None, None
-    for one in _layer_masks(mask).values():
+    for one in layer_masks(mask).values():
         if not (isinstance(one, LazyMask) and one.adds_rules):
             continue
         said = blocks_of(one.arguments.get("mask_function"))
@@ -184,7 +193,7 @@ def _blocks(
     return ids, longest
 
 
-def _layer_masks(mask: Any) -> dict[Any, Any]:
+def layer_masks(mask: Any) -> dict[Any, Any]:
     """Masks by type of layer; one that serves all layers has no type."""
     return mask if isinstance(mask, dict) else {None: mask}
 
@@ -192,19 +201,19 @@ def _layer_masks(mask: Any) -> dict[Any, Any]:
 def _packed_masks(mask: Any, packing: Packing, harmless: frozenset[str]) -> Any:
     """What stands for the masks of a packed row: one, or one for each type of layer."""
     if packing.with_blocks is None:
-        return PackedMask(packing.layout, harmless=harmless)
+        return PackedMask(packing.carrying(packing.layout), harmless=harmless)
     packed = {
         kind: PackedMask(
-            packing.with_blocks if one.adds_rules else packing.layout,
+            packing.carrying(packing.with_blocks if one.adds_rules else packing.layout),
             says_who_sees_whom=True,
             harmless=harmless,
         )
-        for kind, one in _layer_masks(mask).items()
+        for kind, one in layer_masks(mask).items()
     }
     return packed if isinstance(mask, dict) else packed[None]
 
 
-def _as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
+def as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
     """(1 or B, L) or (K, 1 or B, L) position ids as (K, B, L)."""
     if position_ids is None:
         return None
@@ -274,8 +283,8 @@ def _refuse_slices(positions: Tensor | None) -> None:
     first = int(positions[0, 0, 0])
     if first != 0:
         raise ValueError(
-            f"the row starts at position {first}: it is a slice of a longer one. "
-            "Slices of sequence-parallel rows are not supported"
+            f"the row starts at position {first}: it is a sequence-parallel slice of a longer one. "
+            'Call enable with sequence_parallel_group and sequence_parallel_inputs="slices"'
         )
 
 
@@ -296,7 +305,7 @@ def rope_reads_range(config: Any) -> bool:
 
 def built_masks(mask: Any) -> Any:
     """The masks that an outer model made, built for a batch that runs as it is."""
-    for one in _layer_masks(mask).values():
+    for one in layer_masks(mask).values():
         if isinstance(one, LazyMask):
             one.build()
     return mask.build() if isinstance(mask, LazyMask) else mask
@@ -330,13 +339,13 @@ def _packed_call(
         call["position_ids"] = (packing.source_index % shape[1])[None]
     else:
         call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *shape))
-    held = _token_keywords(backbone, kwargs, shape)
+    held = token_keywords_of(backbone, kwargs, shape)
     call |= held.pack(packing)
     call.update(
         attention_mask=_packed_masks(kwargs.get("attention_mask"), packing, HARMLESS | held.names),
         use_cache=False,
         return_dict=True,
-        prefix_layout=packing.layout,
+        prefix_layout=packing.carrying(packing.layout),
     )
     return call
 
@@ -355,7 +364,7 @@ def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor
         return tuple(_hand_back(name, v, packing, handed) for v in value)
     if value is None:
         return None
-    tokens = packing.layout.num_tokens
+    tokens = packing.num_rows
     if isinstance(value, Tensor) and id(value) not in handed:
         if value.dim() == 3 and value.shape[:2] == (1, tokens):
             handed[id(value)] = packing.unpack(value[0])

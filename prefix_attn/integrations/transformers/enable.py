@@ -17,6 +17,7 @@ from types import MethodType
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +37,7 @@ from prefix_attn.integrations.transformers.decoder import Weak, decoder_of
 from prefix_attn.integrations.transformers.hooks import check_adapters
 from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
+from prefix_attn.integrations.transformers.sequence_parallel import SequenceParallel
 from prefix_attn.integrations.transformers.token_keywords import checked_names
 
 MIN_RATIO = 1.2
@@ -57,6 +59,7 @@ class _Enabled:
     implementation: str  # before enable
     forward: Callable[..., Any] | None  # set on the instance before enable
     parameters: list[str]  # names of forward's parameters, in order
+    ranks: SequenceParallel | None  # that run one packed row together
     counts: PackingStats = field(default_factory=PackingStats)
     warned: bool = False
 
@@ -69,6 +72,8 @@ def enable(
     self_check: bool | None = None,
     share_pictures: bool = True,
     token_keywords: Iterable[str] = (),
+    sequence_parallel_group: dist.ProcessGroup | None = None,
+    sequence_parallel_inputs: str = "whole",
 ) -> Model:
     """Computes prefixes that the rows of a batch share once, in every later call of the model.
 
@@ -92,27 +97,37 @@ def enable(
             for each token, (B, L, ...) tensors such as the experts that a rollout chose. They are
             packed, and tokens are shared only where they are equal. Without this, a keyword that
             may hold something for each token lets the batch pass through.
+        sequence_parallel_group: ranks that run each packed row together, one slice of its rows
+            each. Every batch is then packed, whatever it shares, and one that can't be is an error
+            on every rank. Gradients are those of the SUM of the ranks' losses: see Sequence
+            parallelism in the documentation for what that means where gradients are averaged.
+        sequence_parallel_inputs: "whole" if every rank of the group is called with the whole batch
+            and gets all of its hidden states back; "slices" if rank r of N is called with the
+            columns `[r L / N, (r + 1) L / N)` and gets those back.
 
     Returns:
         The model, changed in place.
 
     Raises:
-        TypeError: if there is no transformers model.
-        NotImplementedError: if the model's layers would be wrong on a packed row, naming them.
+        TypeError: if there is no transformers model, or the group is no process group.
+        NotImplementedError: if the model's layers would be wrong on a packed row, or on some of its
+            rows, naming them. The model is as it was.
         ValueError: if min_ratio is less than 1, if a token keyword is one that `enable` reads
-            itself, or if there are several transformers models.
+            itself, if there are several transformers models, or if this rank is not in the group.
     """
     if not min_ratio >= 1:
         raise ValueError(f"min_ratio must be at least 1, got {min_ratio}")
     keywords = checked_names(token_keywords)
     backbone = decoder_of(model)
+    ranks = SequenceParallel.of(backbone, sequence_parallel_group, sequence_parallel_inputs)
     state = backbone.__dict__.get("_prefix_attn")
     if state is not None and runs_ours(backbone):
-        state.min_ratio, state.always, state.token_keywords = min_ratio, always, keywords
+        state.min_ratio, state.always, state.ranks = min_ratio, always, ranks
+        state.token_keywords = keywords
         _set_sharing_of_pictures(model, backbone, share_pictures)
         return model
-    disable(model)
     refuse_unsupported(backbone)
+    disable(model)
     before = backbone.config._attn_implementation
     for other in _sharing_config_of(backbone):
         before = other._prefix_attn.implementation  # what it was before the first of them
@@ -135,6 +150,7 @@ def enable(
         implementation=before,
         forward=backbone.__dict__.get("forward"),
         parameters=list(parameters)[1:],
+        ranks=ranks,
     )
     backbone.forward = partial(_forward, Weak(backbone))
     backbone._replicate_for_data_parallel = _refuse_replicas
@@ -234,10 +250,17 @@ def _decide(
     """Packs the batch of a call, or prepares the call to run as it is; counts both."""
     counts = state.counts
     counts.calls += 1
+    ranks = state.ranks
+    if ranks is not None:
+        ranks.gather(backbone, kwargs)
     if state.check_pending and runs_ours(backbone) and not generates(kwargs):
         check_once(backbone, state, original, kwargs)
     try:
-        packing = find_packing(backbone, kwargs, state.min_ratio, always=state.always)
+        packing = (
+            find_packing(backbone, kwargs, state.min_ratio, always=state.always)
+            if ranks is None
+            else ranks.find_packing(backbone, kwargs)
+        )
     except PassThroughError as reason:
         counts.passed_through[str(reason)] += 1
         _warn_if_idle(backbone, state)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForTokenClassification
 
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.shards import RowShard
 
 INSTEAD = (
     "leave labels out and take out.logits[0, layout.predictor_index] with "
@@ -35,7 +36,7 @@ def loss_over_layout(
     logits: Tensor,
     labels: Tensor | None,
     *arguments: Any,
-    prefix_layout: PrefixLayout | None = None,
+    prefix_layout: PrefixLayout | RowShard | None = None,
     shift_labels: Tensor | None = None,
     **keywords: Any,
 ) -> Any:
@@ -52,7 +53,7 @@ def loss_over_layout(
         **keywords: what else the model hands over.
 
     Raises:
-        NotImplementedError: if the loss function can't take pairs.
+        NotImplementedError: if the loss function can't take pairs, or the row is spread over ranks.
         ValueError: if logits or labels don't fit the layout.
     """
     if shift_labels is not None:
@@ -63,6 +64,11 @@ def loss_over_layout(
         raise NotImplementedError(
             f"the loss function {_name_of(loss)} can't run under a prefix_layout, it takes no "
             f"shift_labels: {INSTEAD}"
+        )
+    if isinstance(prefix_layout, RowShard):
+        raise NotImplementedError(
+            "labels can't be paired with the rows of one rank: leave labels out and call "
+            "prefix_attn.losses.packed_log_probs with the shard"
         )
     row = (1, prefix_layout.num_tokens)
     if labels is None or labels.shape != row or logits.shape[:2] != row:

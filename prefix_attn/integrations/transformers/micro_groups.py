@@ -124,6 +124,11 @@ class MicroGroups:
             raise ValueError(
                 f"{type(model).__name__} is not enabled: call prefix_attn.enable first"
             )
+        if self._backbone._prefix_attn.ranks is not None:
+            raise NotImplementedError(
+                "micro-groups do not support sequence parallelism: call enable without a "
+                "sequence_parallel_group"
+            )
         if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
             raise ValueError(f"min_tokens must be a number of tokens, got {min_tokens!r}")
         refuse_unserved(model, self._backbone)

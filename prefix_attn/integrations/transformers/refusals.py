@@ -57,19 +57,10 @@ def why_not(backbone: PreTrainedModel) -> str | None:
         return "it is an encoder-decoder model"
     if config.model_type in NAMED:
         return NAMED[config.model_type]
-    if getattr(type(backbone), "_is_stateful", False):
-        return "its recurrent (state space or linear attention) layers read a row in order"
-    unknown = sorted(set(getattr(config, "layer_types", None) or []) - LAYER_TYPES)
-    if unknown:
-        return (
-            f"its layer_types {unknown} are not among {sorted(LAYER_TYPES)}: recurrent, linear, "
-            "chunked and sparse layers depend on the order or number of rows"
-        )
+    reason = reads_rows_in_order(backbone)
+    if reason is not None:
+        return reason
     for name, module in backbone.named_modules():
-        if RECURRENT.search(type(module).__name__):
-            return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
-        if isinstance(module, torch.nn.Conv1d):
-            return f"{name} (Conv1d) is a convolution: it would mix neighbours in the packed row"
         if getattr(module, "is_causal", None) is False and not is_causal_by_mask(config):
             return f"{name} ({type(module).__name__}) is not causal"
     if not type(backbone)._supports_attention_backend:
@@ -93,6 +84,24 @@ def is_causal_by_mask(config: Any) -> bool:
     return config.model_type in PREFIX_LANGUAGE and bool(
         getattr(config, "use_bidirectional_attention", False)
     )
+
+
+def reads_rows_in_order(backbone: PreTrainedModel) -> str | None:
+    """Which layers besides attention depend on the other rows, or None."""
+    if getattr(type(backbone), "_is_stateful", False):
+        return "its recurrent (state space or linear attention) layers read a row in order"
+    unknown = sorted(set(getattr(backbone.config, "layer_types", None) or []) - LAYER_TYPES)
+    if unknown:
+        return (
+            f"its layer_types {unknown} are not among {sorted(LAYER_TYPES)}: recurrent, linear, "
+            "chunked and sparse layers depend on the order or number of rows"
+        )
+    for name, module in backbone.named_modules():
+        if RECURRENT.search(type(module).__name__):
+            return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
+        if isinstance(module, torch.nn.Conv1d):
+            return f"{name} (Conv1d) is a convolution: it would mix neighbours in the packed row"
+    return None
 
 
 def _why_not_heads(backbone: PreTrainedModel) -> str | None:
