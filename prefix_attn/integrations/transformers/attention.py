@@ -136,7 +136,7 @@ class LazyMask:
         self,
         arguments: dict[str, Any],
         fallback: str,
-        layout: PrefixLayout | None,
+        layout: PrefixLayout | RowShard | None,
         harmless: frozenset[str] = HARMLESS,
     ) -> None:
         self.arguments = arguments
