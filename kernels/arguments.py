@@ -132,7 +132,7 @@ class Mode:
 
 def padded_dim(size: int) -> int:
     """Columns of a tile: a power of two, and at least the 16 that a product of tiles needs."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit

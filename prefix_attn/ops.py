@@ -7,6 +7,7 @@ graph, under checkpointing and in another process.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -165,7 +166,16 @@ class PrefixAttention(torch.autograd.Function):
             return (None, None, None, None, *rest)
         if dout is None:
             dout = torch.zeros_like(out)
-        *grads, dsinks = PrefixAttentionBackward.apply(
-            dout, q, k, v, out, lse, dlse, sinks, segments, *ctx.call
+        # Only under create_graph=True, which turns gradients on here, does it matter what has no
+        # derivative of its own.
+        differentiate = torch.is_grad_enabled()
+        backward = (
+            PrefixAttentionBackward.apply if differentiate else torch.ops.prefix_attn.backward
         )
+        *grads, dsinks = backward(dout, q, k, v, out, lse, dlse, sinks, segments, *ctx.call)
         return (*grads, None if sinks is None else dsinks, *rest)
+
+
+# PyTorch binds arguments by name in every call, and would read these signatures anew each time.
+for function in (PrefixAttention.forward, PrefixAttentionBackward.forward):
+    vars(function)["__signature__"] = inspect.signature(function)

@@ -33,7 +33,7 @@ from bench.machine_code.programs import HEADS, KV_HEADS, OPTIONS, Program
 ROOT = Path(__file__).parents[2]
 
 
-def _stand_in_driver(capability: int) -> Any:
+def stand_in_driver(capability: int) -> Any:
     """Tells Triton which GPU to compile for; there is none to launch on."""
     from triton.backends.compiler import GPUTarget
 
@@ -99,7 +99,7 @@ def _launch(program: Program) -> Any:
     if "sinks" in arguments:
         arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
     torch.backends.cuda.matmul.allow_tf32 = program.dtype == "tf32"
-    triton.runtime.driver.set_active(_stand_in_driver(program.capability))
+    triton.runtime.driver.set_active(stand_in_driver(program.capability))
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
