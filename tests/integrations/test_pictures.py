@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_logits_and_gradients_are_those_of_the_ordinary_batch(model_type, differ
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4"])
 def test_videos_run_once_as_pictures_do(model_type):
     model, batch = vision_model(model_type, video=True)
+    if not batch.keys() <= inspect.signature(model.forward).parameters.keys():
+        pytest.skip("this version takes the frames of videos in another shape")
     counts = compared(model, batch)
     assert (counts.pictures_in, counts.pictures_run) == (3 * MEMBERS, 3)
     assert counts.ratio > 1.2

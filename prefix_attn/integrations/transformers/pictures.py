@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from prefix_attn.integrations.packing import (
@@ -314,17 +315,21 @@ def _hand_out(
     out: Any, pictures: _Pictures, kept: Sequence[int], copy_of: Sequence[int]
 ) -> ModelOutput:
     """The output of a tower that ran distinct pictures, as if all had run: their features alone."""
-    if not isinstance(out, ModelOutput) or out.get(FEATURES) is None:
+    if not isinstance(out, ModelOutput) or getattr(out, FEATURES, None) is None:
         raise NotImplementedError(
             f"the tower returned a {type(out).__name__} without {FEATURES}, which can't be handed "
             "to the copies of a picture: call prefix_attn.enable(model, share_pictures=False)"
         )
     weights = [pictures.weights[i] for i in kept]
-    features: dict[str, Any] = {FEATURES: _copies(out[FEATURES], weights, copy_of, pictures.rows)}
-    layers = out.get(LAYERS_OF_FEATURES)
+    features: dict[str, Any] = {
+        FEATURES: _copies(getattr(out, FEATURES), weights, copy_of, pictures.rows)
+    }
+    layers = getattr(out, LAYERS_OF_FEATURES, None)
     if layers is not None:
         features[LAYERS_OF_FEATURES] = [_copies(x, weights, copy_of, None) for x in layers]
-    return type(out)(**features)
+    # Before transformers 5.24 some set them on outputs that have no such field.
+    has_fields = features.keys() <= {field.name for field in fields(out)}
+    return (type(out) if has_fields else BaseModelOutputWithPooling)(**features)
 
 
 def _copies(
