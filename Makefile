@@ -108,7 +108,9 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 		tests/integrations/test_verl_losses.py \
 		tests/integrations/test_verl_micro_groups.py \
 		tests/integrations/test_transformers_exact.py \
-		tests/integrations/test_transformers_backend.py
+		tests/integrations/test_transformers_backend.py \
+		tests/integrations/test_mixers.py::test_hybrid_models_match_ordinary_batches \
+		tests/integrations/test_mixers.py::test_checkpointing_keeps_the_tree_of_hybrid_models
 
 test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two (not in make test)
 	$(MEGATRON_VENV)/bin/python -m pytest -q tests/integrations/test_megatron.py \

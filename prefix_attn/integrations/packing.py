@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.recurrence import HandBack
 from prefix_attn.shards import RowShard
 
 LARGEST_KEY = 2**62
@@ -78,6 +79,8 @@ class PackingStats:
         pictures_in: pictures and videos that the tower was called with.
         pictures_run: those that it ran.
         pictures_repeated: how many of its calls ran every copy of a picture, by reason.
+        mixers: how each recurrent, linear-attention or convolutional mixer runs on a packed row, by
+            its name in the decoder.
     """
 
     calls: int = 0
@@ -88,38 +91,12 @@ class PackingStats:
     pictures_in: int = 0
     pictures_run: int = 0
     pictures_repeated: Counter[str] = field(default_factory=Counter)
+    mixers: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
         """Tokens in over tokens run, 1 before the first packed call."""
         return self.tokens_in / self.tokens_run if self.tokens_run else 1.0
-
-
-class HandBack(torch.autograd.Function):
-    """Copies packed rows to the places that share them; the gradient of a row is their sum.
-
-    The sum is taken in float32 or better and does not depend on the order of threads.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, row_index: Tensor) -> Tensor:
-        """packed (T, ...), row_index (B, L) -> (B, L, ...)."""
-        ctx.save_for_backward(row_index)
-        ctx.rows = packed.shape[0]
-        out = packed[row_index.clamp(min=0)]
-        padding = (row_index < 0).view(*row_index.shape, *[1] * (packed.dim() - 1))
-        return out.masked_fill_(padding, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """dpacked[r] = sum of dout over the places of row r."""
-        (row_index,) = ctx.saved_tensors
-        shape = grad.shape[2:]
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.rows + 1, *shape, dtype=dtype, device=grad.device)
-        at = torch.where(row_index < 0, ctx.rows, row_index)  # padding has a row of its own
-        total.index_put_((at,), grad.to(dtype), accumulate=True)
-        return total[:-1].to(grad.dtype), None
 
 
 class Split(Enum):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench.micro_groups import SavedBytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import prefix_attn
-from bench.micro_groups import SavedBytes
 from prefix_attn import micro_groups
 from prefix_attn.losses import grpo_loss
 from prefix_attn.micro import Deposit, Recorded

@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
+from tests.integrations.tiny_hybrids import HYBRIDS  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     KeepDouble,
     as_row,
@@ -216,10 +217,10 @@ def test_the_comparison_notices_one_wrong_token():
 def test_every_tested_type_skips_the_self_check():
     from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES
 
-    assert set(EXACT) == TESTED_MODEL_TYPES
+    assert {*EXACT, *HYBRIDS} == TESTED_MODEL_TYPES
 
 
 def test_the_documentation_names_every_tested_type():
     page = (Path(__file__).parents[2] / "docs" / "pages" / "transformers.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith("| exact |")]
-    assert set(re.findall("`(.*?)`", line)) == set(EXACT)
+    assert set(re.findall("`(.*?)`", line)) == {*EXACT, *HYBRIDS}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -56,6 +57,14 @@ HARMLESS = frozenset(
         "shift_labels",
     }
 )
+
+# Types of layers with mixers that read a row in order, alone or beside attention.
+MIXER_LAYER_TYPES = frozenset(
+    {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+)
+
+# Layouts that mixers follow: those with which an enabled decoder ran.
+followed: weakref.WeakSet[PrefixLayout] = weakref.WeakSet()
 
 # Mask functions of transformers that a layout stands for, by name: chunks are told by local_size.
 LAYOUT_RULES = frozenset(
@@ -110,6 +119,12 @@ class PackedMask:
         self.harmless = harmless
         rows = rows_under(layout)
         self.shape = (1, 1, rows, rows)
+
+    def __eq__(self, other: object) -> Any:
+        """Not all ones: so the mask is handed on to mixers by models that ask for padding so."""
+        return torch.tensor(False) if isinstance(other, int) else self is other
+
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -369,6 +384,8 @@ def _attend_packed(
             "dim). Caches are not supported. For slices of a row, as in sequence parallelism, pass "
             "prefix_layout=shard_rows(layout, group)"
         )
+    if isinstance(layout, PrefixLayout) and not torch.compiler.is_compiling():
+        _check_mixers(module, layout)
     if dropout:
         raise ValueError(
             f"{name} has attention dropout {dropout} in training, which shared prefixes do not "
@@ -421,6 +438,22 @@ def _attend_shard(q: Tensor, k: Tensor, v: Tensor, shard: RowShard, **options: A
     from prefix_attn.integrations.distributed import sharded_attention  # DTensor takes seconds
 
     return sharded_attention(q, k, v, shard, **options)
+
+
+def mixer_layers_of(module: torch.nn.Module) -> list[str]:
+    """The types of layers with mixers in the model to which an attention layer belongs."""
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    return sorted(set(types) & MIXER_LAYER_TYPES)
+
+
+def _check_mixers(module: torch.nn.Module, layout: PrefixLayout) -> None:
+    """Refuses a layout that the model's mixers do not know of."""
+    types = mixer_layers_of(module)
+    if types and layout not in followed:
+        raise NotImplementedError(
+            f"{type(module).__name__} belongs to a model with {types} layers, which would ignore "
+            "the prefix_layout: call prefix_attn.enable(model) first"
+        )
 
 
 def _as_autocast(x: Tensor) -> Tensor:

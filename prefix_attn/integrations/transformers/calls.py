@@ -58,6 +58,9 @@ PICTURE_POSITIONS = frozenset(
     }
 )
 
+# Decoders that read left padding as tokens, in transformers itself.
+READS_LEFT_PADDING = frozenset({"recurrent_gemma"})
+
 # Keywords of packed rows for flash attention: the layout says the same.
 ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Keywords for the head: a decoder that knows one would drop packed rows.
@@ -118,6 +121,9 @@ def find_packing(
         raise PassThroughError("no mask of an outer model says where the layers are causal")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         raise PassThroughError("attention_mask is not of shape (B, L)")
+    reads_padding = backbone.config.model_type in READS_LEFT_PADDING
+    if mask is not None and reads_padding and bool((mask[:, 0] == 0).any()):
+        raise PassThroughError("left padding, which this type of model reads as tokens")
     positions = as_kinds(position_ids, shape)
     if _ran_flash(backbone) and shape[0] == 1:
         if mask is not None and bool((mask != 0).all()):

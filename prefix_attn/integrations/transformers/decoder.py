@@ -47,17 +47,18 @@ def _without_head(decoder: PreTrainedModel) -> PreTrainedModel:
 
 
 class Weak:
-    """A model, for what is set on itself in the place of its methods.
+    """A model or a part of it, for what is set on itself in the place of its methods.
 
     A strong reference would be a cycle, with which the memory of a deleted model waits for Python's
-    collector. Copied and pickled, it refers to the copy of the model.
+    collector. Copied and pickled, it refers to the copy of the module.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self._reference = weakref.ref(module)
 
     @property
-    def module(self) -> PreTrainedModel:
+    def module(self) -> Any:
+        """The model itself."""
         module = self._reference()
         if module is None:
             raise ReferenceError(

@@ -11,7 +11,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any, NoReturn, TypeVar
@@ -35,6 +35,7 @@ from prefix_attn.integrations.transformers.calls import (
 )
 from prefix_attn.integrations.transformers.decoder import Weak, decoder_of
 from prefix_attn.integrations.transformers.hooks import check_adapters
+from prefix_attn.integrations.transformers.mixers import Mixers
 from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
 from prefix_attn.integrations.transformers.sequence_parallel import SequenceParallel
@@ -60,7 +61,8 @@ class _Enabled:
     forward: Callable[..., Any] | None  # set on the instance before enable
     parameters: list[str]  # names of forward's parameters, in order
     ranks: SequenceParallel | None  # that run one packed row together
-    counts: PackingStats = field(default_factory=PackingStats)
+    mixers: Mixers
+    counts: PackingStats
     warned: bool = False
 
 
@@ -138,6 +140,7 @@ def enable(
             f"{type(backbone).__name__} does not let its attention implementation be set"
         )
     parameters = inspect.signature(type(backbone).forward).parameters
+    mixers = Mixers(backbone)
     backbone._prefix_attn = _Enabled(
         min_ratio=min_ratio,
         always=always,
@@ -151,6 +154,8 @@ def enable(
         forward=backbone.__dict__.get("forward"),
         parameters=list(parameters)[1:],
         ranks=ranks,
+        mixers=mixers,
+        counts=PackingStats(mixers=mixers.served),
     )
     backbone.forward = partial(_forward, Weak(backbone))
     backbone._replicate_for_data_parallel = _refuse_replicas
@@ -182,6 +187,8 @@ def disable(model: Model) -> Model:
         raise RuntimeError(
             f"the forward of {type(backbone).__name__} was replaced after enable: undo that first"
         )
+    state.mixers.check()
+    state.mixers.remove()
     pictures.restore_pictures(model)
     del backbone.forward
     if state.forward is not None:
@@ -231,9 +238,14 @@ def _forward(decoder: Weak, *args: Any, **kwargs: Any) -> Any:
     original = state.forward or MethodType(type(self).forward, self)
     packing = _decide(self, state, original, kwargs)
     if packing is not None:
-        return as_asked(run_packed(self, original, packing, kwargs), self, kwargs)
-    before = mask_making.at_once
-    mask_making.at_once = kwargs.get("prefix_layout") is None
+        with state.mixers.packed(packing.layout):
+            out = run_packed(self, original, packing, kwargs)
+        return as_asked(out, self, kwargs)
+    layout = kwargs.get("prefix_layout")
+    if layout is not None:
+        with state.mixers.packed(layout):
+            return original(**kwargs)
+    before, mask_making.at_once = mask_making.at_once, True
     try:
         return original(**kwargs)
     finally:
@@ -300,7 +312,8 @@ def check_once(
             packing = find_packing(backbone, {**batch, "use_cache": False}, min_ratio=1.0)
         except PassThroughError:
             return None
-        hidden: Tensor = run_packed(backbone, original, packing, batch).last_hidden_state
+        with state.mixers.packed(packing.layout):
+            hidden: Tensor = run_packed(backbone, original, packing, batch).last_hidden_state
         return hidden
 
     self_check(backbone, tokens, run, packed)

@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.transformers.calls import rope_reads_range
-from prefix_attn.integrations.transformers.refusals import RECURRENT
+from prefix_attn.integrations.transformers.mixers import find_mixers
 
 
 def refuse_unserved(model: torch.nn.Module, backbone: PreTrainedModel) -> None:
@@ -28,9 +28,8 @@ def why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
     """The reason why micro-groups would be wrong for an enabled model, or None."""
     if rope_reads_range(backbone.config):
         return "its rotary frequencies depend on the longest sequence of a call"
-    for name, module in backbone.named_modules():
-        if RECURRENT.search(type(module).__name__) or isinstance(module, torch.nn.Conv1d):
-            return f"the states of {name} ({type(module).__name__}) are not recorded"
+    for mixer in find_mixers(backbone):
+        return f"the states of {mixer.name} ({type(mixer.module).__name__}) are not recorded"
     for module in model.modules():
         compiled = getattr(module, "_compiled_call_impl", None) is not None
         if compiled or type(module).__name__ == "OptimizedModule":

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
-import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import MIN_HEAD_DIM, max_head_dim
+from prefix_attn.integrations.transformers.attention import MIXER_LAYER_TYPES
+from prefix_attn.integrations.transformers.code_names import calls_attention, keeps_keys
+from prefix_attn.integrations.transformers.mixers.find import (
+    GLOBAL_FUNCTIONS_SINCE,
+    find_mixers,
+    has_global_functions,
+)
 
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+INTERFACE = "transformers' attention interface"
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
+
+NO_LAYOUT = "its layers take neither a mask nor keywords, so the prefix tree does not reach them"
+POSITION_BIAS = "its attention adds a position bias"
 
 # What no attribute of a model tells.
 NAMED = {
@@ -22,16 +33,25 @@ NAMED = {
     "bloom": "its attention adds a position bias (ALiBi)",
     "mpt": "its attention adds a position bias (ALiBi)",
     "doge": "its attention masks depend on keys",
+    "rwkv": NO_LAYOUT,
+    "xlstm": NO_LAYOUT,
+    "mamba": NO_LAYOUT,
+    "falcon_mamba": NO_LAYOUT,
+    "inkling_text": POSITION_BIAS,
+    "inkling2_text": POSITION_BIAS,
+    "inkling2_loop_text": POSITION_BIAS,
+    "phi4_multimodal": "its decoder holds an audio encoder, whose convolutions see no prefix tree",
     "llama4_text": "the temperature of its attention depends on the place in the row",
 }
 
 # Decoders that PaliGemma makes bidirectional: they see what masks say, and all without a mask.
 PREFIX_LANGUAGE = frozenset({"gemma", "gemma2"})
 
+# Types whose scan, before mixers call global functions, gives other results with other padding.
+DEPEND_ON_PADDING = frozenset({"nemotron_h", "zamba2"})
+
 # What attention layers call the sizes of their heads.
 HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim", "head_size", "attention_head_size")
-
-RECURRENT = re.compile(r"Mamba|SSM|Rwkv|RWKV|GatedDelta|Lightning|ShortConv|Recurrent|XLSTM|mLSTM")
 
 
 def refuse_unsupported(backbone: PreTrainedModel) -> None:
@@ -57,14 +77,22 @@ def why_not(backbone: PreTrainedModel) -> str | None:
         return "it is an encoder-decoder model"
     if config.model_type in NAMED:
         return NAMED[config.model_type]
-    reason = reads_rows_in_order(backbone)
+    if config.model_type in DEPEND_ON_PADDING and not has_global_functions():
+        return (
+            f"in transformers {transformers.__version__} its scan gives other results with other "
+            f"padding: it is served from {GLOBAL_FUNCTIONS_SINCE} on"
+        )
+    mixers = [mixer.name for mixer in find_mixers(backbone)]
+    known = LAYER_TYPES | MIXER_LAYER_TYPES if mixers else LAYER_TYPES
+    reason = _why_not_layer_types(config, known)
     if reason is not None:
         return reason
     for name, module in backbone.named_modules():
         if getattr(module, "is_causal", None) is False and not is_causal_by_mask(config):
             return f"{name} ({type(module).__name__}) is not causal"
-    if not type(backbone)._supports_attention_backend:
-        return "it does not call transformers' attention interface"
+    reason = _why_not_attention(backbone, mixers)
+    if reason is not None:
+        return reason
     if not getattr(config, "is_causal", True):
         return "its attention is not causal"
     if getattr(config, "output_attentions", False):
@@ -87,21 +115,33 @@ def is_causal_by_mask(config: Any) -> bool:
 
 
 def reads_rows_in_order(backbone: PreTrainedModel) -> str | None:
-    """Which layers besides attention depend on the other rows, or None."""
-    if getattr(type(backbone), "_is_stateful", False):
-        return "its recurrent (state space or linear attention) layers read a row in order"
-    unknown = sorted(set(getattr(backbone.config, "layer_types", None) or []) - LAYER_TYPES)
-    if unknown:
-        return (
-            f"its layer_types {unknown} are not among {sorted(LAYER_TYPES)}: recurrent, linear, "
-            "chunked and sparse layers depend on the order or number of rows"
-        )
+    """Which layers besides attention need whole rows, of which no rank may have all; or None."""
+    for mixer in find_mixers(backbone):
+        return f"{mixer.name} ({type(mixer.module).__name__}) reads a row in order"
+    return _why_not_layer_types(backbone.config, LAYER_TYPES)
+
+
+def _why_not_layer_types(config: Any, known: frozenset[str]) -> str | None:
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - known)
+    if not unknown:
+        return None
+    return (
+        f"its layer_types {unknown} are not among {sorted(known)}: chunked and sparse layers "
+        "depend on the order or number of rows"
+    )
+
+
+def _why_not_attention(backbone: PreTrainedModel, mixers: list[str]) -> str | None:
+    """Every module that keeps keys and values must call transformers' attention interface."""
+    attends = False
     for name, module in backbone.named_modules():
-        if RECURRENT.search(type(module).__name__):
-            return f"{name} ({type(module).__name__}) is recurrent: it reads a row in order"
-        if isinstance(module, torch.nn.Conv1d):
-            return f"{name} (Conv1d) is a convolution: it would mix neighbours in the packed row"
-    return None
+        if any(name == mixer or name.startswith(f"{mixer}.") for mixer in mixers):
+            continue
+        if calls_attention(module):
+            attends = True
+        elif keeps_keys(module):
+            return f"{name} ({type(module).__name__}) does not call {INTERFACE}"
+    return None if attends or mixers else f"it does not call {INTERFACE}"
 
 
 def _why_not_heads(backbone: PreTrainedModel) -> str | None:
