@@ -44,7 +44,7 @@ def run(grpo, tmp_path, *options):
         ["--loss", "cispo"],
         ["--loss", "rebel", "--prune"],
         ["--advantages", "kalman", "--prune", "0.4"],
-        ["--micro", "2", "--loss", "cispo", "--prune", "--entropy", "0.01"],
+        ["--micro", "2", "--prune"],
     ],
     ids=" ".join,
 )
