@@ -86,9 +86,9 @@ def prefix_attention(
         scale: factor of the scores, `D ** -0.5` by default; at most 2**23 in size, for float64
             2**52.
         window_size: a query sees this many keys back on its path, itself included (positions, not
-            packed rows). Not in backend "cpu".
+            packed rows).
         softcap: scores s become `softcap * tanh(s / softcap)`; 5.4e-20 to 1.8e19, for float64
-            7.5e-155 to 1.3e154. Not in backend "cpu".
+            7.5e-155 to 1.3e154.
         sinks: (Hq,), one more logit per query head in the softmax denominator, differentiable.
         prefix_causal: False lets the rows of every segment that others continue see all of it, as
             prefix language models do; a window still ends what they see behind them.
@@ -97,8 +97,7 @@ def prefix_attention(
             Triton kernels sum dQ in any order where that is faster (not yet run on a GPU), unless
             `torch.use_deterministic_algorithms` or FLASH_ATTENTION_DETERMINISTIC=1 forbids it.
         backend: "triton" (CUDA, or any device under TRITON_INTERPRET=1), "cpu", "reference"
-            (dense), or "auto": triton on CUDA; on the CPU cpu, or reference for options that cpu
-            lacks. A named backend never falls back to another one.
+            (dense), or "auto": triton on CUDA, cpu on the CPU. None falls back to another one.
 
     Returns:
         out (Tq, Hq, DV) in the dtype of q; with `return_lse` also lse (Hq, Tq), natural log,
@@ -212,7 +211,7 @@ def choose_backend(
     call = (device_type, dtype, options, head_dims)
     if backend not in ("auto", *names):
         raise ValueError(f"backend must be one of {['auto', *names]}, got {backend!r}")
-    automatic = {"cuda": ["triton"], "cpu": ["cpu", "reference"]}.get(device_type, [])
+    automatic = {"cuda": ["triton"], "cpu": ["cpu"]}.get(device_type, [])
     for name in automatic if backend == "auto" else [backend]:
         if backends.why_not(name, *call) is None:
             return name

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn.backends.cpu.plan import plan
 from prefix_attn.testing import (
     Inputs,
     assert_all,
@@ -141,6 +142,68 @@ def test_dk_accumulates_over_members() -> None:
     assert_all(compare_attention(layout, inputs, actual, exact=total))
 
 
+def test_chain_of_only_continuations_is_one_run() -> None:
+    """Bit by bit: no merging, whose error would grow with the number of segments."""
+    whole = PrefixLayout.from_lengths([60], [[]])
+    chain = PrefixLayout.from_tree([1] * 59 + [0, 1], range(-1, 60))
+    inputs = Inputs.random(whole, lse=True)
+    expected = attention_results(on_cpu(whole), inputs)
+    for name, x in attention_results(on_cpu(chain), inputs).items():
+        assert torch.equal(x, expected[name]), name
+
+
+@settings(max_examples=25)
+@given(
+    # On either side of what makes a segment long, and of a block.
+    forest=forests(max_segments=9, lengths=[1, 16, 63, 64, 70, 150]),
+    window_size=st.sampled_from([None, 3, 70, 200]),
+    softcap=st.sampled_from([None, None, 2.0]),
+    prefix_causal=st.booleans(),
+    heads=st.sampled_from([(1, 1), (3, 1)]),
+)
+def test_cpu_long_and_short_segments_match_each_sequence_alone(
+    forest: tuple[list[int], list[int]], heads: tuple[int, int], **options: Any
+) -> None:
+    layout = PrefixLayout.from_tree(*forest)
+    inputs = Inputs.random(layout, heads, (8, 8), torch.float64, lse=True)
+    alone = partial(repeated_attention, layout=layout, **options)
+    actual = attention_results(on_cpu(layout, **options), inputs)
+    exact = attention_results(alone, inputs)
+    # Both are float64: neither is exact.
+    for name, x in exact.items():
+        torch.testing.assert_close(actual[name], x, rtol=1e-12, atol=1e-12)
+
+
+def planned(layout: PrefixLayout, window_size: int | None = None, dense: bool = False) -> list[Any]:
+    """The calls of a layout."""
+    return plan(layout.segments.numpy().tobytes(), window_size, True, dense, True)
+
+
+def test_cpu_work_under_a_window_is_linear_in_tokens() -> None:
+    for tokens in (4000, 32000):
+        layout = PrefixLayout.from_lengths([tokens // 2], [[tokens // 8] * 4])
+        shapes = [(call.queries.shape, call.keys.shape) for call in planned(layout, 256)]
+        pairs = sum(count * length * keys for (count, length), (_, keys) in shapes)
+        assert pairs <= layout.num_tokens * (256 + 2 * 128)
+        # And so is the memory of a call.
+        assert max(count * length * keys for (count, length), (_, keys) in shapes) <= 2**19
+
+
+@pytest.mark.parametrize("first", ["tooth", "spine"])
+def test_cpu_calls_of_a_comb_are_fewer_than_its_segments(first: str) -> None:
+    teeth = 200
+    tooth_first = [x for i in range(teeth) for x in (2 * i - 2, 2 * i)]
+    tooth_first[0] = -1
+    spine_first = [*range(-1, teeth - 1), *reversed(range(teeth))]
+    parents = tooth_first if first == "tooth" else spine_first
+    assert len(planned(PrefixLayout.from_tree([16] * 2 * teeth, parents))) <= teeth // 3
+
+
+def test_cpu_many_small_groups_are_few_calls() -> None:
+    layout = PrefixLayout.from_lengths([16] * 512, [[4, 4]] * 512)
+    assert len(planned(layout)) <= 4
+
+
 def test_permuting_members_permutes_output() -> None:
     members, order = [6, 6, 11, 1], [2, 0, 3, 1]
     layout = PrefixLayout.from_lengths([15], [members])
@@ -207,27 +270,34 @@ def test_cpu_is_deterministic() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("row", [3, 14, 20], ids=["prefix", "first suffix", "last row of group"])
-def test_cpu_non_finite_values_propagate_like_sdpa(row: int, name: str, value: float) -> None:
+@pytest.mark.parametrize("options", [{}, {"window_size": 8}, {"softcap": 5.0}], ids=str)
+def test_cpu_non_finite_values_propagate_like_sdpa(
+    row: int, name: str, value: float, options: dict[str, Any]
+) -> None:
     """NaN where SDPA per sequence gives NaN; the other group keeps its bits, gradients too."""
     layout = PrefixLayout.from_lengths([11, 6], [[4, 6], [5, 3]])
     first_group = slice(0, 21)
     inputs = Inputs.random(layout)
-    clean = attention_results(on_cpu(layout), inputs)
+    clean = attention_results(on_cpu(layout, **options), inputs)
     getattr(inputs, name)[row] = value
-    actual = attention_results(on_cpu(layout), inputs)
+    actual = attention_results(on_cpu(layout, **options), inputs)
     # Not PyTorch's flash kernel: for some lengths it returns 0 for a row of NaN scores.
     with sdpa_kernel(SDPBackend.MATH):
-        sdpa = attention_results(partial(repeated_attention, layout=layout), inputs)
-    attends = layout.materialize()[:, row]
+        sdpa = attention_results(partial(repeated_attention, layout=layout, **options), inputs)
+    attends = layout.materialize(window_size=options.get("window_size"))[:, row]
     for key, result in actual.items():
         assert torch.equal(result[first_group.stop :], clean[key][first_group.stop :]), key
         assert bool(sdpa[key][first_group.stop :].isfinite().all())
     hit = ~sdpa["out"][attends].isfinite()
-    assert bool(hit.any())
+    assert bool(hit.any()) or value == 1e30 or "softcap" in options
     assert torch.equal(~actual["out"][attends].isfinite(), hit)
+    members = [layout.sequence_rows(i) for i in (0, 1)]
+    for rows in members:
+        if row not in rows.tolist():
+            assert bool(actual["out"][rows].isfinite().all())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

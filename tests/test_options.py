@@ -67,9 +67,9 @@ def _check(layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype, ba
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sinks": True}, {"prefix_causal": False},
-     {"sinks": True, "prefix_causal": False, "scale": -0.4}],
-    ids=["plain", "sinks", "bidirectional", "all"],
+    [{}, {"sinks": True}, {"prefix_causal": False}, {"window_size": 24}, {"softcap": 1.5},
+     {"sinks": True, "prefix_causal": False, "scale": -0.4, "window_size": 7, "softcap": 1.5}],
+    ids=["plain", "sinks", "bidirectional", "window", "softcap", "all"],
 )  # fmt: skip
 def test_cpu_option_stays_within_budget(layout, options, dtype):
     _check(layout, options, dtype, "cpu")
@@ -92,14 +92,13 @@ def test_random_options_match_each_sequence_alone(forest, sinks, bidirectional, 
     layout = PrefixLayout.from_tree(*forest, bidirectional=flags)
     inputs = Inputs.random(layout, dims=(16, 24), dtype=torch.float64, lse=True, sinks=sinks)
     exact = attention_results(partial(repeated_attention, layout=layout, **options), inputs)
-    refused = options["window_size"] is not None or options["softcap"] is not None
-    for backend in ("reference",) if refused else ("reference", "cpu"):
+    for backend in ("reference", "cpu"):
         call = partial(prefix_attention, layout=layout, backend=backend, **options)
         actual = attention_results(call, inputs)
         assert_all(compare_attention(layout, inputs, actual, exact=exact, **options))
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0], ids=["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["flash", "formula"])
 def test_autocast_does_not_round_float32_inputs(softcap):
     q, k, v = torch.randn(3, GROUPS.num_tokens, 2, 16).unbind()
     out, lse = prefix_attention(q, k, v, GROUPS, softcap=softcap, return_lse=True)
@@ -111,7 +110,7 @@ def test_autocast_does_not_round_float32_inputs(softcap):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("option", MEANINGS)
-def test_table_cell_is_exact_or_refused(backend, option):
+def test_table_cell_is_exact(backend, option):
     # The cells of the Triton kernels are tests/interpreter/test_options.py.
     if option in ("value dims", "LSE gradient"):  # every call of this file has both
         options, layout = {}, GROUPS
@@ -121,11 +120,8 @@ def test_table_cell_is_exact_or_refused(backend, option):
         options, layout = {}, PICTURES
     else:
         options, layout = {option: VALUES[option]}, GROUPS
-    if is_served(option, backend):
-        _check(layout, options, torch.float64, backend)
-    else:
-        with pytest.raises(NotImplementedError, match=f"{backend}: does not support {option}"):
-            _check(layout, options, torch.float64, backend)
+    assert is_served(option, backend)
+    _check(layout, options, torch.float64, backend)
 
 
 def test_documented_table_is_the_rendered_one():

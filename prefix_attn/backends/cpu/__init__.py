@@ -1,0 +1,193 @@
+"""The CPU backend: PyTorch's own CPU flash kernels, merged by log-sum-exp.
+
+`plan` cuts a layout into calls, `attend` runs them. No flash kernel knows a softcap: `formula`
+writes it out, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefix_attn.backends.cpu import attend, formula
+from prefix_attn.backends.cpu.plan import Call, plan
+from prefix_attn.forest import forest_of
+from prefix_attn.kernels.options import Options
+
+
+def why_not(device_type: str, dtype: torch.dtype, options: Sequence[str]) -> str | None:
+    """The reason why this backend can't serve a call, or None; see `api.choose_backend`."""
+    return None if device_type == "cpu" else f"needs CPU tensors, got {device_type} tensors"
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    factor, scale = _factors(options.scale, dtype)
+    width = max(q.shape[2], v.shape[2])
+    qw, kw, vw = (_widen(x, dtype, width) for x in (q, k, v))
+    qw = qw if factor == 1 else qw * factor
+    of_queries, of_keys = [qw], [kw, vw]
+    wild = _wild_groups(segments, scale, of_queries, of_keys)
+    if wild:
+        of_queries, of_keys = _silenced(wild, of_queries, of_keys)
+    calls = _plan(segments, options, dense=options.softcap is not None)
+    out, lse = attend.forward(of_queries, of_keys, calls, _kernel(options), scale)
+    for group in wild:
+        calls = _plan(group.segments, options, dense=True, crossing=False)
+        own, keys = [qw[group.queries]], [kw[group.keys], vw[group.keys]]
+        found = attend.forward(own, keys, calls, formula.kernel(options.softcap), scale)
+        out[group.queries], lse[group.queries] = found
+    if sinks is not None:
+        merged = torch.logaddexp(lse, sinks.to(dtype))
+        out.mul_((lse - merged).exp_()[..., None])
+        lse = merged
+    return out[..., : v.shape[2]].to(q.dtype).contiguous(), lse.t().contiguous()
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    sinks: Tensor | None,
+    segments: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    factor, scale = _factors(options.scale, dtype)
+    # dS = P (dP - delta + dLSE): one more column, with dO = 1 and O = -dLSE, says so to a kernel
+    # that knows delta only as sum(dO * O).
+    width = max(q.shape[2], v.shape[2]) + (dlse is not None)
+    qw, kw, vw, dow, ow = (_widen(x, dtype, width) for x in (q, k, v, dout, out))
+    qw = qw if factor == 1 else qw * factor
+    lse = lse.t()
+    if dlse is not None:
+        dow[..., -1] = 1.0
+        ow[..., -1] = -dlse.t().to(dtype)
+    of_queries, of_keys = [dow, qw, ow, lse], [kw, vw]
+    # Of the output the column of dLSE alone: the others are means of values.
+    wild = _wild_groups(segments, scale, (dow, qw, ow[..., width - 1 :]), of_keys)
+    if wild:
+        of_queries, of_keys = _silenced(wild, of_queries, of_keys)
+    calls = _plan(segments, options, dense=options.softcap is not None)
+    dq, dk, dv = attend.backward(of_queries, of_keys, calls, _kernel(options), scale)
+    for group in wild:
+        calls = _plan(group.segments, options, dense=True, crossing=False)
+        own = [x[group.queries] for x in (dow, qw, ow, lse)]
+        keys = [x[group.keys] for x in (kw, vw)]
+        found = attend.backward(own, keys, calls, formula.kernel(options.softcap), scale)
+        dq[group.queries], dk[group.keys], dv[group.keys] = found
+    dsinks = None
+    if sinks is not None:
+        delta = (dow * ow).sum(-1)
+        dsinks = -(torch.exp(sinks.to(dtype) - lse) * delta).sum(0).to(sinks.dtype)
+    dq = dq if factor == 1 else dq * factor
+    return (
+        dq[..., : q.shape[2]].to(q.dtype).contiguous(),
+        dk[..., : k.shape[2]].to(k.dtype).contiguous(),
+        dv[..., : v.shape[2]].to(v.dtype).contiguous(),
+        dsinks,
+    )
+
+
+def _plan(segments: Tensor, options: Options, dense: bool, crossing: bool = True) -> list[Call]:
+    content = segments.numpy().tobytes()
+    return plan(content, options.window_size, options.prefix_causal, dense, crossing)
+
+
+def _kernel(options: Options) -> attend.Kernel:
+    return attend.FLASH if options.softcap is None else formula.kernel(options.softcap)
+
+
+def _factors(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What q and what the scores are multiplied by, together `scale`.
+
+    The kernels multiply masked scores, -inf, by theirs, so that has to be positive.
+    """
+    return (scale, 1.0) if scale < torch.finfo(dtype).tiny else (1.0, scale)
+
+
+def _widen(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """x in `dtype` with zero columns up to `width`; contiguous where the kernels want it."""
+    x = x.to(dtype)
+    if x.shape[2] < width:
+        return F.pad(x, (0, width - x.shape[2]))
+    return x if x.stride(-1) == 1 and x.stride(0) > 0 else x.contiguous()
+
+
+# ---- values that are not finite -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """A root and all below it: its places in q, its rows of k and v, its part of the layout."""
+
+    queries: slice
+    keys: slice
+    segments: Tensor
+
+
+def _wild_groups(
+    segments: Tensor, scale: float, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
+) -> list[_Group]:
+    """The groups with values that are not finite, or whose products might not be.
+
+    A block holds rows that do not see each other, and hides a score by adding -inf: NaN and inf
+    would leave their group, or reach other members. Such groups run by themselves.
+    """
+    tensors = (*of_queries, *of_keys)
+    factor = tensors[0].shape[-1] * max(1.0, scale)
+    limit = (torch.finfo(tensors[0].dtype).max / factor) ** 0.5
+    if all(_norm(x) < limit for x in tensors):
+        return []
+    return [
+        group
+        for group in _groups(segments)
+        if not all(
+            _norm(x[rows]) < limit
+            for rows, part in ((group.queries, of_queries), (group.keys, of_keys))
+            for x in part
+        )
+    ]
+
+
+def _norm(x: Tensor) -> float:
+    """At least the largest size of an element; not finite where one is not."""
+    return float(torch.linalg.vector_norm(x.detach()))
+
+
+def _silenced(
+    groups: Sequence[_Group], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies with zeros in the rows of some groups."""
+    queries, keys = [x.clone() for x in of_queries], [x.clone() for x in of_keys]
+    for group in groups:
+        for x in queries:
+            x[group.queries] = 0
+        for x in keys:
+            x[group.keys] = 0
+    return queries, keys
+
+
+def _groups(segments: Tensor) -> Iterator[_Group]:
+    forest = forest_of(segments.numpy().tobytes())
+    roots = [*(forest.parents < 0).nonzero()[0].tolist(), forest.num_segments]
+    for first, last in pairwise(roots):
+        rows = slice(int(forest.starts[first]), int(forest.subtree_ends[first]))
+        places = forest.queries_before[[rows.start, rows.stop]].tolist()
+        part = segments[:, first:last].clone()
+        part[1] = (part[1] - first).clamp(min=-1)
+        if places[0] < places[1]:
+            yield _Group(slice(*places), rows, part.contiguous())

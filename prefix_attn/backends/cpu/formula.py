@@ -1,0 +1,64 @@
+"""Attention of a block as models write it out: for a softcap, and for values that are not finite.
+
+The backward pass computes the scores of its block once more, so that memory is that of a block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prefix_attn.backends.cpu.attend import Kernel
+
+
+def kernel(softcap: float | None) -> Kernel:
+    """Takes blocks with a mask, (n, 1, L, K) bool, alone."""
+    return Kernel(partial(_forward, softcap), partial(_backward, softcap))
+
+
+def _forward(
+    softcap: float | None, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", enabled=False):  # it would round the products
+        scores, _ = _scores(softcap, q, k, scale)
+        scores.masked_fill_(~keep, float("-inf"))
+        lse = scores.logsumexp(-1)
+        return scores.sub_(lse[..., None]).exp_() @ v, lse
+
+
+def _backward(
+    softcap: float | None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast("cpu", enabled=False):
+        scores, tanh = _scores(softcap, q, k, scale)
+        p = scores.sub_(lse[..., None]).exp_().masked_fill_(~keep, 0.0)
+        dv = p.transpose(2, 3) @ dout
+        # dS = P * (dP - delta)
+        delta = (dout * out).sum(-1, keepdim=True)
+        ds = (dout @ v.transpose(2, 3)).sub_(delta).mul_(p)
+        if tanh is not None:
+            ds.mul_(tanh.square_().neg_().add_(1.0))
+        ds.mul_(scale)
+        return ds @ k, ds.transpose(2, 3) @ q, dv
+
+
+def _scores(
+    softcap: float | None, q: Tensor, k: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """S = softcap(scale Q K^T), and tanh(scale Q K^T / softcap) where there is a cap."""
+    scores = q @ k.transpose(2, 3)
+    if softcap is None:
+        return scores.mul_(scale), None
+    tanh = scores.mul_(scale / softcap).tanh_()
+    return tanh * softcap, tanh

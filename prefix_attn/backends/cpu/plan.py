@@ -1,0 +1,458 @@
+"""Which calls of a kernel make up a layout: computed once for each layout, on the host.
+
+Segments become nodes: one that is the only continuation of another joins it, since the two are one
+causal run. A long node attends itself in one call, and all rows below it attend it in another, so
+that it is read once for all members. Short nodes go together: a block of queries attends the rows
+above it, gathered along the path, and its own rows, under a mask. Under a window, and where no
+flash kernel serves, all is cut into blocks, so that memory is linear in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefix_attn.forest import Forest, forest_of
+
+# A node of so many rows has calls of its own; below that merging costs more than masking.
+LONG = 64
+# Most rows of a block.
+BLOCK = 128
+# What a block and each of its keys cost by themselves, in query-key pairs.
+BLOCK_PAIRS, KEY_PAIRS = 256, 8
+# What a call costs, in the same.
+CALL_PAIRS = 1024
+# What one call holds: query-key pairs of a head, and gathered rows.
+MOST_PAIRS, MOST_ROWS = 2**19, 2**12
+# Calls of nodes up to this length go together although some have to be padded by an eighth.
+MOST_PADDED = 256
+# Layouts whose plans are kept.
+CACHED_PLANS = 32
+
+
+class Node(NamedTuple):
+    """Rows start to end of one path; `below` ends the rows that continue it.
+
+    `depth` is the position of the first row, `query` its place in q, or -1 where the rows are no
+    queries.
+    """
+
+    start: int
+    end: int
+    below: int
+    depth: int
+    parent: int
+    query: int
+    bidirectional: bool
+
+    @property
+    def length(self) -> int:
+        """Rows."""
+        return self.end - self.start
+
+
+class Block(NamedTuple):
+    """The rows of queries, which lie in q from `place` on, and those of all their keys.
+
+    `is_causal` says that these are one run of rows, each of which sees all before it.
+    """
+
+    place: int
+    rows: np.ndarray
+    keys: np.ndarray
+    is_causal: bool
+
+    @property
+    def queries(self) -> np.ndarray:
+        """Places in q."""
+        return self.place + np.arange(len(self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """(count, length) rows of a tensor, those of one batch of equal calls.
+
+    Attributes:
+        shape: count and length.
+        start: the first row where the grid is a view, one row every `step` from there on.
+        step: rows from one line of the grid to the next.
+        rows: (n,) the rows of the filled places where it is no view.
+        places: (n,) the filled places of the flattened grid; None where all are.
+    """
+
+    shape: tuple[int, int]
+    start: int = 0
+    step: int = 0
+    rows: Tensor | None = None
+    places: Tensor | None = None
+
+    @classmethod
+    def from_lines(cls, lines: Sequence[np.ndarray]) -> Grid:
+        """Lines of ascending rows, padded to the longest one."""
+        lengths = [len(line) for line in lines]
+        shape = len(lines), max(lengths)
+        if min(lengths) == shape[1] and all(line[-1] - line[0] == len(line) - 1 for line in lines):
+            starts = np.array([line[0] for line in lines])
+            steps = np.diff(starts)
+            if not len(steps) or ((steps == steps[0]).all() and steps[0] >= shape[1]):
+                return cls(shape, int(starts[0]), int(steps[0]) if len(steps) else shape[1])
+        rows = torch.from_numpy(np.concatenate(lines))
+        if min(lengths) == shape[1]:
+            return cls(shape, rows=rows)
+        places = [i * shape[1] + np.arange(length) for i, length in enumerate(lengths)]
+        return cls(shape, rows=rows, places=torch.from_numpy(np.concatenate(places)))
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `take` returns a view, so that what is written there is in the tensor."""
+        return self.rows is None
+
+    @property
+    def size(self) -> int:
+        """Filled places."""
+        return self.shape[0] * self.shape[1] if self.rows is None else len(self.rows)
+
+    def take(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (count, length, ...); zeros at places that are not filled."""
+        if self.rows is None:
+            first, *rest = x.stride()
+            offset = x.storage_offset() + self.start * first
+            return x.as_strided(
+                (*self.shape, *x.shape[1:]), (self.step * first, first, *rest), offset
+            )
+        found = x.index_select(0, self.rows)
+        if self.places is not None:
+            filled = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            found = filled.index_copy_(0, self.places, found)
+        return found.view(*self.shape, *x.shape[1:])
+
+    def written(self, x: Tensor, values: Tensor) -> Tensor:
+        """x with (count, length, ...) values in their rows; x itself unless these are all of it."""
+        if self.is_view and self.step == self.shape[1] and self.size == len(x):
+            return values.flatten(0, 1)
+        if self.rows is None:
+            self.take(x).copy_(values)
+        else:
+            x.index_copy_(0, self.rows, self._filled(values))
+        return x
+
+    def added(self, x: Tensor, values: Tensor) -> Tensor:
+        """x with values added to their rows, in the order of the grid."""
+        if self.rows is None:
+            self.take(x).add_(values)
+        else:
+            x.index_add_(0, self.rows, self._filled(values))
+        return x
+
+    def _filled(self, values: Tensor) -> Tensor:
+        values = values.flatten(0, 1)
+        return values if self.places is None else values.index_select(0, self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Who sees whom in a batch of blocks: int32 tables of queries (n, L, 1) and keys (n, 1, K).
+
+    Under a window there are also the positions of queries, and of each key the one that ends its
+    window.
+    """
+
+    row: Tensor
+    seen_from: Tensor
+    seen_until: Tensor
+    window: tuple[Tensor, Tensor] | None
+
+    def keep(self) -> Tensor:
+        """(n, L, K) bool."""
+        keep = (self.seen_from <= self.row) & (self.row < self.seen_until)
+        if self.window is not None:
+            position, seen_before = self.window
+            keep &= position < seen_before
+        return keep
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A batch of equal attentions.
+
+    Attributes:
+        queries: places in q.
+        keys: rows of k and v.
+        causal: whether query i sees the first i keys alone.
+        mask: or which keys it sees; None for all.
+        first: whether this is the first call of its queries; it holds their own keys.
+    """
+
+    queries: Grid
+    keys: Grid
+    causal: bool = False
+    mask: Mask | None = None
+    first: bool = True
+
+
+@lru_cache(CACHED_PLANS)
+def plan(
+    content: bytes, window_size: int | None, prefix_causal: bool, dense: bool, crossing: bool
+) -> list[Call]:
+    """The calls of a layout, those first that a query is in first.
+
+    Args:
+        content: `segments` of the layout, as bytes.
+        window_size: that of the call.
+        prefix_causal: that of the call.
+        dense: cut everything into masked blocks, as a window does.
+        crossing: whether a block may hold several nodes.
+    """
+    forest = forest_of(content, window_size, prefix_causal)
+    nodes = _nodes(forest)
+    blocks: list[Block] = []
+    own: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    sides: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    belows: list[tuple[np.ndarray, np.ndarray, bool]] = []
+
+    packer = _Packer(forest.num_tokens, window_size)
+    for node in nodes:
+        is_long = node.length >= LONG or not crossing
+        is_gathered = dense or window_size is not None or node.length < LONG
+        packer.enter(node, is_gathered)
+        if is_long or not packer.fits(node):
+            blocks += packer.finished()
+        if not is_long:
+            packer.add(node)
+            continue
+        rows = np.arange(node.start, node.end)
+        if node.query >= 0 and is_gathered:
+            blocks += packer.pieces(node)
+        elif node.query >= 0:
+            queries = np.arange(node.query, node.query + node.length)
+            own.append((queries, rows, not node.bidirectional))
+            above = packer.path[: packer.above[-1]]
+            if len(above):
+                sides.append((queries, above.copy(), False))
+        first, last = forest.queries_before[[node.end, node.below]].tolist()
+        if not is_gathered and first < last:
+            belows.append((np.arange(first, last), rows, False))
+    blocks += packer.finished()
+    if not dense:
+        own += [(x.queries, x.keys, True) for x in blocks if x.is_causal]
+        blocks = [x for x in blocks if not x.is_causal]
+    return [
+        *_calls(own, first=True),
+        *_masked(blocks, forest),
+        *_calls(sides, first=False),
+        *_calls(belows, first=False),
+    ]
+
+
+def _nodes(forest: Forest) -> list[Node]:
+    """The filled segments in packed order, only continuations joined to what they continue."""
+    nodes: list[Node] = []
+    node_of: list[int] = []
+    for start, end, below, depth, parent, has_queries, bidirectional in zip(
+        forest.starts.tolist(),
+        forest.ends.tolist(),
+        forest.subtree_ends.tolist(),
+        forest.depths.tolist(),
+        forest.parents.tolist(),
+        forest.has_queries.tolist(),
+        forest.bidirectional.tolist(),
+        strict=True,
+    ):
+        above = node_of[parent] if parent >= 0 else -1
+        if start == end:
+            node_of.append(above)
+            continue
+        query = int(forest.queries_before[start]) if has_queries else -1
+        last = nodes[above] if above >= 0 else None
+        if (
+            last
+            and (last.end, last.below) == (start, below)
+            and (last.query >= 0) == has_queries
+            and not (bidirectional or last.bidirectional)
+        ):
+            nodes[above] = last._replace(end=end)
+            node_of.append(above)
+            continue
+        node_of.append(len(nodes))
+        nodes.append(Node(start, end, below, depth, above, query, bidirectional))
+    return nodes
+
+
+class _Packer:
+    """Fills blocks with neighbouring short nodes, and cuts long ones into pieces.
+
+    Nodes are entered in packed order, so the gathered rows above one are those that were written
+    last to a path of rows. Under a window all are gathered: places on the path are positions.
+    """
+
+    def __init__(self, num_rows: int, window_size: int | None) -> None:
+        self.window_size = window_size
+        self.path = np.empty(num_rows, dtype=np.int64)
+        # Of each node: rows on the path above it, those of the block among them, rows with its own.
+        self.above: list[int] = []
+        self.inside: list[int] = []
+        self.upto: list[int] = []
+        self.held: list[Node] = []
+        # The first node of the block, the rows above it, and the first of them that is seen.
+        self.first = 0
+        self.keys = self.path[:0]
+        self.low = 0
+
+    def enter(self, node: Node, gathered: bool) -> None:
+        """Puts the next node on the path."""
+        parent = node.parent
+        above = self.upto[parent] if parent >= 0 else 0
+        in_block = bool(self.held) and parent >= self.first
+        self.above.append(above)
+        self.inside.append(above - self.above[parent] + self.inside[parent] if in_block else 0)
+        self.upto.append(above + node.length if gathered else above)
+        if gathered:
+            self.path[above : above + node.length] = np.arange(node.start, node.end)
+
+    def fits(self, node: Node) -> bool:
+        """Whether the node that was entered last costs less in the block than alone.
+
+        In the block its rows meet keys that they do not see, and its keys meet the rows before it.
+        """
+        if not self.held:
+            return True
+        rows, above = node.start - self.held[0].start, self.above[-1]
+        seen = above if self.window_size is None else min(above, self.window_size)
+        hidden = node.length * (len(self.keys) - self.low + 2 * rows - seen)
+        return rows + node.length <= BLOCK and hidden <= BLOCK_PAIRS + KEY_PAIRS * seen
+
+    def add(self, node: Node) -> None:
+        """Joins that node to the block; one without queries matters between others alone."""
+        if not self.held:
+            if node.query < 0:
+                return
+            self.first, self.inside[-1] = len(self.above) - 1, 0
+            self.keys = self.path[: self.above[-1]].copy()
+            self.low = len(self.keys)
+        low = self._low(self.above[-1])
+        if node.query >= 0 and low < self.above[-1] - self.inside[-1]:
+            self.low = min(self.low, low)
+        self.held.append(node)
+
+    def finished(self) -> list[Block]:
+        """The block, if there is one; a new one begins."""
+        held, self.held = self.held, []
+        while held and held[-1].query < 0:
+            held.pop()
+        if not held:
+            return []
+        start, end = held[0].start, held[-1].end
+        rows = [np.arange(x.start, x.end) for x in held if x.query >= 0]
+        keys = np.concatenate([self.keys[self.low :], np.arange(start, end)])
+        is_causal = len(held) == 1 and self._is_causal(held[0], keys)
+        return [Block(held[0].query, np.concatenate(rows), keys, is_causal)]
+
+    def pieces(self, node: Node) -> list[Block]:
+        """The node that was entered last, cut into equal blocks."""
+        count = -(-node.length // BLOCK)
+        size = -(-node.length // count)
+        above = self.path[: self.above[-1]]
+        found = []
+        for start in range(node.start, node.end, size):
+            end = min(start + size, node.end)
+            shift = start - node.start
+            low = self._low(len(above) + shift)
+            seen = node.start + max(0, low - len(above))
+            ahead = node.end if node.bidirectional else end
+            keys = np.concatenate([above[low:], np.arange(seen, ahead)])
+            rows = np.arange(start, end)
+            is_causal = count == 1 and self._is_causal(node, keys)
+            found.append(Block(node.query + shift, rows, keys, is_causal))
+        return found
+
+    def _is_causal(self, node: Node, keys: np.ndarray) -> bool:
+        """Whether a node that sees these keys sees itself alone, all rows before each."""
+        in_window = self.window_size is None or node.length <= self.window_size
+        return len(keys) == node.length and in_window and not node.bidirectional
+
+    def _low(self, position: int) -> int:
+        """The first position that a query sees."""
+        return 0 if self.window_size is None else max(0, position - self.window_size + 1)
+
+
+def _calls(parts: Iterable[tuple[np.ndarray, np.ndarray, bool]], first: bool) -> list[Call]:
+    """Calls without a mask: those of one shape go together; causal ones may be padded."""
+    batches: list[list[tuple[np.ndarray, np.ndarray, bool]]] = []
+    for part in sorted(parts, key=lambda x: (x[2], len(x[1]), len(x[0]), x[0][0])):
+        queries, keys, causal = part
+        last = batches[-1] if batches else [part]
+        length = len(last[0][1])
+        spare = length // 8 if causal and len(keys) <= MOST_PADDED else 0
+        equal = (len(last[0][0]), length) == (len(queries), len(keys))
+        alike = equal or 0 < len(keys) - length <= spare
+        if batches and last[0][2] == causal and alike and len(keys) * len(last) < MOST_ROWS:
+            last.append(part)
+        else:
+            batches.append([part])
+    return [
+        Call(
+            Grid.from_lines([x[0] for x in batch]),
+            Grid.from_lines([x[1] for x in batch]),
+            causal=batch[0][2],
+            first=first,
+        )
+        for batch in batches
+    ]
+
+
+def _masked(blocks: list[Block], forest: Forest) -> list[Call]:
+    """Blocks of about one shape go together, unless padding costs more than another call."""
+    batches: list[list[Block]] = []
+    widest = filled = 0
+    for block in sorted(blocks, key=lambda x: (len(x.keys), len(x.rows), x.place)):
+        pairs = len(block.rows) * len(block.keys)
+        if batches:
+            count = len(batches[-1]) + 1
+            wide = max(widest, len(block.rows))
+            padded = wide * len(block.keys) * count
+            spare = padded - filled - pairs
+            if (
+                spare <= max(CALL_PAIRS, pairs // 4)
+                and padded <= MOST_PAIRS
+                and len(block.keys) * count <= MOST_ROWS
+            ):
+                batches[-1].append(block)
+                widest, filled = wide, padded
+                continue
+        batches.append([block])
+        widest, filled = len(block.rows), pairs
+    return [_masked_call(batch, forest) for batch in batches]
+
+
+def _masked_call(blocks: list[Block], forest: Forest) -> Call:
+    queries = Grid.from_lines([x.queries for x in blocks])
+    keys = Grid.from_lines([x.keys for x in blocks])
+
+    def table(lines: list[np.ndarray], shape: tuple[int, int], empty: int) -> Tensor:
+        filled = np.full(shape, empty, dtype=np.int32)
+        for i, line in enumerate(lines):
+            filled[i, : len(line)] = line
+        return torch.from_numpy(filled)
+
+    # A place that is not filled sees nothing and is seen by nobody.
+    rows = [x.rows for x in blocks]
+    seen_from = [forest.row_seen_from[x.keys] for x in blocks]
+    seen_until = [forest.row_subtree_ends[x.keys] for x in blocks]
+    window = None
+    if forest.window_size is not None:
+        ends = forest.positions + forest.window_size
+        position = table([forest.positions[x] for x in rows], queries.shape, 0)[:, :, None]
+        window = (position, table([ends[x.keys] for x in blocks], keys.shape, 0)[:, None])
+    mask = Mask(
+        table(rows, queries.shape, -1)[:, :, None],
+        table(seen_from, keys.shape, forest.num_tokens)[:, None],
+        table(seen_until, keys.shape, 0)[:, None],
+        window,
+    )
+    return Call(queries, keys, mask=mask)
