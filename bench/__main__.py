@@ -14,6 +14,7 @@ from bench import report
 from bench.cases import TIMED_DTYPES, case_from_text, cases_of_run, default_dtype
 from bench.facts import environment
 from bench.measure import MIN_ROUNDS, Outcome, run_case
+from prefix_attn.timing import busy, load_average
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +89,7 @@ def main() -> int:
     device, cases = args.device, args.cases
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
-    total = Outcome()
+    total, load = Outcome(), load_average()
     with progress(len(cases)) as bar:
         for case in cases:
 
@@ -106,6 +107,8 @@ def main() -> int:
             total.failures += outcome.failures
             bar.update()
     if total.results:
+        if note := busy(load, [x.total or x.forward for x in total.results]):
+            print(note)
         written = report.write(total.results, facts, args.out, len(cases))
         print(
             "Speed-ups are over the fastest repeated SDPA, forward + backward unless marked fwd; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 # Larger than any L2 cache: written before every CUDA timing.
 L2_FLUSH_BYTES = 256 * 2**20
+# A machine is busy if other programs take so much of its cores, or p20 to p80 is so much of a
+# median.
+BUSY_LOAD, BUSY_SPREAD = 0.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,37 @@ class Quantiles:
         ms = torch.tensor(samples, dtype=torch.float64) * 1e3
         p20, p80 = torch.quantile(ms, torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
         return cls(statistics.median(ms.tolist()), p20, p80)
+
+
+def load_average() -> float:
+    """Threads that ran or waited in the last minute, 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def busy(load: float, times: Iterable[Quantiles]) -> str:
+    """Says that a machine had other work, which costs many small calls more than few large ones.
+
+    Args:
+        load: `load_average()` before the first of the times.
+        times: of whatever was measured.
+
+    Returns:
+        A sentence, empty if nothing points to other work.
+
+    Example:
+        >>> busy(0.0, [Quantiles(10.0, 9.0, 14.0)])
+        'The machine was busy: p20 to p80 is up to 50 % of a median. Measure again when it is idle.'
+    """
+    cores = os.cpu_count() or 1
+    spread = max(((x.p80 - x.p20) / x.median for x in times if x.median), default=0.0)
+    signs = []
+    if load > BUSY_LOAD * cores:
+        signs.append(f"its load average was {load:.1f} on {cores} cores before")
+    if spread > BUSY_SPREAD:
+        signs.append(f"p20 to p80 is up to {spread:.0%} of a median".replace("%", " %"))
+    if not signs:
+        return ""
+    return f"The machine was busy: {', '.join(signs)}. Measure again when it is idle."
 
 
 class Clock:

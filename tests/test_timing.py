@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
+from prefix_attn import timing
+from prefix_attn.timing import Clock, Quantiles, busy, interleaved, rounds
 
 
 class Ticking:
@@ -101,3 +102,14 @@ def test_interleaved_gives_everyone_each_place_once():
 
 def test_clock_allocates_nothing_on_a_cpu():
     assert not hasattr(Clock(torch.device("cpu")), "flush")
+
+
+def test_busy_names_load_and_spread(monkeypatch):
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    steady, spread = Quantiles(10.0, 9.0, 11.0), Quantiles(10.0, 8.0, 11.0)
+    assert busy(2.0, [steady]) == busy(0.0, []) == ""
+    assert busy(2.1, [steady]) == (
+        "The machine was busy: its load average was 2.1 on 4 cores before. Measure again when it "
+        "is idle."
+    )
+    assert "p20 to p80 is up to 30 % of a median" in busy(0.0, [steady, spread])

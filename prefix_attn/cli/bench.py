@@ -27,7 +27,7 @@ from prefix_attn.cli.arguments import DTYPES
 from prefix_attn.cli.checks import check_gradients
 from prefix_attn.cli.costs import case_of
 from prefix_attn.cli.terminal import UsageError, complain, counted, paragraph
-from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
+from prefix_attn.timing import Clock, Quantiles, busy, interleaved, load_average, rounds
 
 # What a run without arguments takes, by device. Of one shape given, the rest is that of the first.
 CPU_SHAPES = [(512, 128, 8), (1024, 64, 16), (2048, 128, 8)]
@@ -47,6 +47,7 @@ NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory"
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Checks and times every case; exit code 1 if a gradient is wrong."""
     device, cases = _plan(args)
+    load = load_average()
     deadline = time.monotonic() + 60 * args.minutes
     rows: list[dict[str, Any]] = []
     for i, case in enumerate(cases):
@@ -62,11 +63,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
             raise
         finally:
             _note("")
+    names = ("repeated_ms", "prefix_attn_ms")
+    times = [Quantiles(**row[name]) for row in rows for name in names if name in row]
     results = {
         "versions": {"prefix_attn": prefix_attn.__version__, "torch": str(torch.__version__)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "backend": rows[0]["backend"],
+        "busy": busy(load, times) or None,
         "shapes": rows,
     }
     return results, 0 if all(row["wrong"] is None for row in rows) else 1
@@ -109,6 +113,8 @@ def render(results: dict[str, Any]) -> str:
                 " Above 100 % means that the repeated baseline reaches fewer FLOP/s than we do; "
                 "no work is skipped."
             )
+        if results["busy"]:
+            note += f" {results['busy']}"
         header = ["shape", "repeated ms", "prefix_attn ms", "speed-up", "ideal", "of ideal"]
         parts += [terminal.table(header, rows), paragraph(note)]
     parts += [

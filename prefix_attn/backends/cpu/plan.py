@@ -33,7 +33,7 @@ MOST_PAIRS, MOST_ROWS = 2**19, 2**12
 # Calls of nodes up to this length go together although some have to be padded by an eighth.
 MOST_PADDED = 256
 # Layouts whose plans are kept.
-CACHED_PLANS = 32
+CACHED_PLANS = 16
 
 
 class Node(NamedTuple):
