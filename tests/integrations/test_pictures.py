@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations.transformers.pictures import PICTURE_MODELS  # noqa: E402
+from tests.integrations.test_transformers_exact import EXACT  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     KeepDouble,
     build,
@@ -247,6 +248,39 @@ def test_equal_embeddings_with_other_features_are_not_shared():
     assert list(counts.passed_through) == [reason]
 
 
+@pytest.mark.parametrize("differ", [False, True], ids=["equal", "different"])
+def test_inputs_of_each_layer_are_packed_with_their_tokens(differ):
+    """Gemma 3n; with `differ` the embeddings of a place are equal, and its further inputs not."""
+    model = build(tiny_config("gemma3n_text", **EXACT["gemma3n_text"]))
+    decoder, batch = model.model, pad(rows_that_share())
+    keep = batch["attention_mask"].bool()
+
+    def run_decoder() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        further = decoder.get_per_layer_inputs(batch["input_ids"])
+        if differ:
+            scale = torch.ones(*batch["input_ids"].shape, 1, 1, dtype=torch.float64)
+            scale[0, 2] = 2.0
+            further = further * scale
+        hidden = decoder(
+            inputs_embeds=decoder.embed_tokens(batch["input_ids"]),
+            per_layer_inputs=further,
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state[keep]
+        torch.tanh(hidden).sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {"logits": hidden.detach(), **grads}
+
+    with KeepDouble():
+        want = run_decoder()
+        prefix_attn.enable(model, min_ratio=1.0)
+        assert deviation(run_decoder(), want) <= ROUNDING
+    layout, _ = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    # A row of another kind shares two tokens instead of 13.
+    assert prefix_attn.stats(model).tokens_run == layout.num_tokens + (11 if differ else 0)
+
+
 # ---- when every copy runs -----------------------------------------------------------------------
 
 
@@ -344,6 +378,19 @@ def test_disable_restores_the_methods_of_the_tower():
     assert model.model.get_video_features is own
     assert "get_image_features" not in vars(model.model)
     assert "_prefix_attn_pictures" not in vars(model.model)
+
+
+def test_the_tower_runs_once_below_adapters():
+    peft = pytest.importorskip("peft")
+    model, batch = vision_model("llava")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8)
+    model = peft.get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(9))
+    counts = compared(model, batch)
+    assert (counts.pictures_in, counts.pictures_run) == (9, 3)
+    assert counts.ratio > 1.2
 
 
 def test_a_copy_runs_its_own_tower():

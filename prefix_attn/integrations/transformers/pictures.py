@@ -251,9 +251,7 @@ def _distinct(pictures: _Pictures) -> tuple[list[int], list[int]]:
         PassThroughError: if two different pictures were taken for one.
     """
     bits = {k: bits_of(_rows(x)).split(sizes) for k, (x, sizes) in pictures.parts.items()}
-    sums = {
-        k: checksums(bits_of(_rows(x))).split(sizes) for k, (x, sizes) in pictures.parts.items()
-    }
+    sums = {k: _sums(x).cpu().split(sizes) for k, (x, sizes) in pictures.parts.items()}
     keys = [tuple(tuple(x.tolist()) for x in one) for one in zip(*sums.values(), strict=True)]
     places: dict[Any, int] = {}
     kept: list[int] = []
@@ -277,6 +275,16 @@ def _distinct(pictures: _Pictures) -> tuple[list[int], list[int]]:
 def _rows(x: Tensor) -> Tensor:
     """(n, ...) -> (n, K)."""
     return x.reshape(len(x), -1)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """(n, ...) -> (n,) int64, equal where entries are, bit for bit: sums of sums of sums."""
+    bits = bits_of(x if x.dim() > 1 else x[:, None])
+    while bits.dim() > 1:
+        shape = bits.shape[:-1]
+        sums = checksums(bits.flatten(0, -2)).view(shape)
+        bits = bits_of(sums) if sums.dim() > 1 else sums
+    return bits
 
 
 def _refuse_noise(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
