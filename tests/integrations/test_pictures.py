@@ -72,7 +72,7 @@ def test_logits_and_gradients_are_those_of_the_ordinary_batch(model_type, differ
     assert counts.ratio > 1.2
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4"])
 def test_videos_run_once_as_pictures_do(model_type):
     model, batch = vision_model(model_type, video=True)
     if not batch.keys() <= inspect.signature(model.forward).parameters.keys():
@@ -95,14 +95,6 @@ def test_variants_of_gemma4_are_exact(changes):
     """On a CPU its layers of full attention may have the heads that its checkpoints have."""
     model, batch = vision_model("gemma4", **changes)
     assert compared(model, batch).ratio > 1.2
-
-
-def test_hybrids_with_pictures_are_refused_by_name():
-    if "qwen3_5" not in transformers.CONFIG_MAPPING:
-        pytest.skip("not in this version of transformers")
-    model, _ = vision_model("qwen3_5")
-    with pytest.raises(NotImplementedError, match="recurrent"):
-        prefix_attn.enable(model)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -44,6 +44,14 @@ MIXTURE = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+RECURRENT = {  # one layer in two
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
 IDS = {
     "image_token_id": PICTURE,
     "video_token_id": VIDEO,
@@ -116,6 +124,10 @@ def _grids(model_type: str, side: str, differ: bool, video: bool) -> tuple[Any, 
     elif model_type == "qwen2_vl":
         tower |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         del tower["out_hidden_size"], tower["intermediate_size"]
+    elif model_type.startswith("qwen3_5"):
+        tower["num_position_embeddings"] = 64
+        text |= RECURRENT
+        rope["partial_rotary_factor"] = 1.0
     elif model_type.startswith("qwen3"):
         tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
     else:
