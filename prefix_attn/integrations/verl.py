@@ -79,14 +79,20 @@ def _shares_prefixes(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def build_module(self: Any) -> Any:
         if self.model_config.hf_config._attn_implementation != NAME:
             return build(self)
-        size = self.ulysses_sequence_parallel_size
-        if size > 1:
-            raise NotImplementedError(
-                f"attn_implementation={NAME} needs whole sequences, but "
-                f"ulysses_sequence_parallel_size is {size}, which slices them: set it to 1"
-            )
         from prefix_attn.integrations.transformers import enable  # registers the attention
 
+        size = self.ulysses_sequence_parallel_size
+        if size > 1:  # each rank has a slice of every micro-batch, which stays as verl cuts it
+            if hasattr(self.model_config.hf_config, "vision_config"):
+                raise NotImplementedError(
+                    f"attn_implementation={NAME} serves no model with pictures whose rows are "
+                    f"sliced, but ulysses_sequence_parallel_size is {size}: set it to 1"
+                )
+            return enable(
+                build(self),
+                sequence_parallel_group=self.ulysses_parallel_group,
+                sequence_parallel_inputs="slices",
+            )
         self._prefix_attn_told = set()  # reasons, and the mark of an engine that is served
         # A sample may be alone in one pass and among siblings in the next: one kernel for both.
         return enable(build(self), always=True)

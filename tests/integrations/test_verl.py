@@ -71,10 +71,10 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("model"))
+def save_model(path: str, **changes: Any) -> None:
+    """A tiny model, as verl loads it."""
     config = transformers.Qwen3Config(
+        **changes,
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
@@ -89,6 +89,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("model"))
+    save_model(path)
     return path
 
 
@@ -264,10 +270,11 @@ def test_other_attention_is_left_alone(model_path: str) -> None:
         prefix_attn.stats(engine.module)
 
 
-def test_ulysses_is_refused_by_name(model_path: str) -> None:
+def test_pictures_in_slices_are_refused_by_name(model_path: str) -> None:
     engine = new_engine(model_path, "prefix_attn")
     engine.ulysses_sequence_parallel_size = 2  # on one rank verl would not get here
-    with pytest.raises(NotImplementedError, match="ulysses_sequence_parallel_size is 2"):
+    engine.model_config.hf_config.vision_config = {}
+    with pytest.raises(NotImplementedError, match=r"pictures .* ulysses_sequence_parallel_size is"):
         engine._build_model_optimizer()
 
 
