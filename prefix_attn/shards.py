@@ -1,9 +1,12 @@
 """A packed row spread over ranks: which rows each of them runs, and rows that travel between them.
 
-Every rank has the same layout. Rank r of N runs n = ceil(T / N) rows, `[r n, (r + 1) n)` of the
-packed axis; the last ranks' rows beyond T are padding, which repeats the last row:
+Every rank has the same layout, and runs n of its T rows; where a rank has fewer of its own, the
+rest is padding, which repeats the last row. There are two ways to attend:
 
-    T = 7, N = 3    rank 0: 0 1 2    rank 1: 3 4 5    rank 2: 6 6 6
+    "heads"  rank r has the rows [r n, (r + 1) n), and trades rows for heads before attention
+             T = 7, N = 3    rank 0: 0 1 2    rank 1: 3 4 5    rank 2: 6 6 6
+    "keys"   rows are dealt as in `prefix_attn.dealing`, and each rank gets the keys and values of
+             the paths of its own
 
 Gradients are those of the SUM of the losses of all ranks: each rank has the part that came through
 its own rows. `RowExchange` is where that is made true: its backward is the transpose of its
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prefix_attn.dealing import deal, path_segments
 from prefix_attn.layout import PrefixLayout, outside_inference_mode
+
+WAYS = ("heads", "keys")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,28 +38,42 @@ class RowShard:
     """The rows of a layout that this rank runs.
 
     It is passed where a layout is: `prefix_layout=shard` makes the attention of transformers models
-    trade rows for heads over the group.
+    run over the group.
 
     Attributes:
         layout: of all T tokens, the same on every rank.
         group: the ranks that share the row.
+        held: the own rows of every rank, ascending.
         rows: (n,) int64, the packed rows of this rank, padding included.
-        num_own: how many of them are no padding; they come first.
+        keys: how keys and values come to this rank, or None where rows are traded for heads.
     """
 
     layout: PrefixLayout
     group: dist.ProcessGroup
+    held: list[np.ndarray]
     rows: Tensor
-    num_own: int
+    keys: PathKeys | None = None
 
     @classmethod
     @outside_inference_mode
-    def of(cls, layout: PrefixLayout, group: dist.ProcessGroup) -> RowShard:
+    def of(cls, layout: PrefixLayout, group: dist.ProcessGroup, way: str) -> RowShard:
         """This rank's rows, unchecked: see `shard_rows`."""
-        bounds = _bounds(layout.num_tokens, dist.get_world_size(group))
-        first, last = bounds[dist.get_rank(group)]
-        rows = torch.arange(first, first + bounds[0][1], device=layout.device)
-        return cls(layout, group, rows.clamp_(max=layout.num_tokens - 1), last - first)
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        keys = None
+        if way == "heads":
+            n = -(-layout.num_tokens // size)
+            edges = np.minimum(np.arange(size + 1) * n, layout.num_tokens).tolist()
+            held = [np.arange(a, b) for a, b in pairwise(edges)]
+        else:
+            held, keys = _dealt(layout, group)
+        rows = np.full(max(map(len, held)), layout.num_tokens - 1)
+        rows[: len(held[rank])] = held[rank]
+        return cls(layout, group, held, torch.from_numpy(rows).to(layout.device), keys)
+
+    @property
+    def num_own(self) -> int:
+        """How many of `rows` are no padding; they come first."""
+        return len(self.held[dist.get_rank(self.group)])
 
     @property
     def num_rows(self) -> int:
@@ -88,25 +109,25 @@ class RowShard:
         """
         return (self.places[self.layout.predictor_index] >= 0).nonzero()[:, 0]
 
-    def held_rows(self) -> list[np.ndarray]:
-        """The rows of each rank, padding left out."""
-        size = dist.get_world_size(self.group)
-        return [np.arange(first, last) for first, last in _bounds(self.layout.num_tokens, size)]
-
     def __repr__(self) -> str:
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         return f"RowShard({self.num_own} of {self.layout.num_tokens} rows, rank {rank} of {size})"
 
 
-def shard_rows(layout: PrefixLayout, group: dist.ProcessGroup | None = None) -> RowShard:
+def shard_rows(
+    layout: PrefixLayout, group: dist.ProcessGroup | None = None, *, way: str = "heads"
+) -> RowShard:
     """The rows of a layout that this rank runs, where the ranks of a group share its packed row.
 
-    With it no hidden state leaves its rank: the model runs `shard.rows`, attention trades rows for
-    heads, and `packed_log_probs` takes the hidden states as they are. Nothing is sent here.
+    With it no hidden state leaves its rank: the model runs `shard.rows`, and `packed_log_probs`
+    takes the hidden states as they are. Nothing is sent here.
 
     Args:
         layout: of all T tokens, the same on every rank.
         group: the ranks; all of them by default.
+        way: "heads" trades rows for heads in attention (Ulysses); "keys" brings each rank the keys
+            and values of the paths of its rows. The second serves any number of heads, and moves
+            less where little is shared: see Sequence parallelism in the documentation.
 
     Returns:
         The `RowShard` of this rank, for `prefix_layout=`, `packed_log_probs` and
@@ -114,8 +135,8 @@ def shard_rows(layout: PrefixLayout, group: dist.ProcessGroup | None = None) -> 
 
     Raises:
         TypeError: if the layout or the group is none.
-        ValueError: if the layout has no tokens or not a query for each, or this rank is not in the
-            group.
+        ValueError: if the layout has no tokens or not a query for each, if this rank is not in the
+            group, if `way` is neither, or for "keys" over segments that see all of themselves.
 
     Example:
         >>> layout, ids = PrefixLayout.from_sequences(sequences)  # doctest: +SKIP
@@ -141,7 +162,42 @@ def shard_rows(layout: PrefixLayout, group: dist.ProcessGroup | None = None) -> 
             f"group must be a ProcessGroup or None for all ranks, got {type(group).__name__}; "
             "torch.distributed.init_process_group comes first"
         )
-    return RowShard.of(layout, group)
+    if way not in WAYS:
+        raise ValueError(f"way must be one of {list(WAYS)}, got {way!r}")
+    if way == "keys" and bool(layout.forest.bidirectional.any()):
+        raise ValueError(
+            "segments that see all of themselves can't be dealt in tiles: pass way='heads'"
+        )
+    return RowShard.of(layout, group, way)
+
+
+@dataclass(frozen=True, eq=False)
+class PathKeys:
+    """Keys and values that this rank needs: those of the paths of its own rows.
+
+    Attributes:
+        layout: of these paths alone, with queries for the own rows.
+        exchange: from the own rows of every rank to those of the paths.
+    """
+
+    layout: PrefixLayout
+    exchange: RowExchange
+
+
+def _dealt(layout: PrefixLayout, group: dist.ProcessGroup) -> tuple[list[np.ndarray], PathKeys]:
+    """The rows of every rank, and what brings this one its keys."""
+    size, own = dist.get_world_size(group), dist.get_rank(group)
+    pieces, rank = deal(layout.forest, size)
+    rank_of_rows = np.repeat(rank, pieces.lengths)
+    held = [np.flatnonzero(rank_of_rows == r) for r in range(size)]
+    paths = [path_segments(pieces, rank == r) for r in range(size)]
+    wanted = [np.flatnonzero(np.repeat(path, pieces.lengths)) for path in paths]
+    keep = paths[own]
+    number = np.cumsum(keep) - 1
+    parents = np.where(pieces.parents >= 0, number[pieces.parents], -1)[keep]
+    part = PrefixLayout.from_tree(pieces.lengths[keep].tolist(), parents.tolist(), layout.device)
+    queries = part.queries_for(np.flatnonzero(rank[keep] == own).tolist())
+    return held, PathKeys(queries, RowExchange(held, wanted, group, layout.device))
 
 
 class RowExchange:
@@ -234,9 +290,3 @@ class _SumOverRanks(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
-
-
-def _bounds(tokens: int, ranks: int) -> list[tuple[int, int]]:
-    """The first row of each rank and the one behind its last; the first rank's are n."""
-    rows = -(-tokens // ranks)
-    return [(min(r * rows, tokens), min((r + 1) * rows, tokens)) for r in range(ranks)]

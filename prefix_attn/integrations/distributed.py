@@ -147,12 +147,30 @@ def sharded_attention(q: Tensor, k: Tensor, v: Tensor, shard: RowShard, **option
         k: (n, Hkv, D).
         v: (n, Hkv, DV).
         shard: of this rank.
-        **options: those of `ulysses_attention`.
+        **options: those of `ulysses_attention`. The gradient of `sinks` is that of the rank's own
+            heads, or of its own rows: sum it over the group.
 
     Returns:
         (n, Hq, DV), zero at padding.
+
+    Raises:
+        ValueError: if q, k and v are not of the rows of the shard, or heads can't be traded evenly.
+        NotImplementedError: for `return_lse`.
     """
-    return ulysses_attention(q, k, v, shard.layout, shard.group, **options)
+    rows = (shard.num_rows,) * 3
+    if (q.shape[0], k.shape[0], v.shape[0]) != rows:
+        raise ValueError(
+            f"q, k and v must have {shard.num_rows} rows, those of the shard, got {q.shape[0]}, "
+            f"{k.shape[0]} and {v.shape[0]}"
+        )
+    if shard.keys is None:
+        return ulysses_attention(q, k, v, shard.layout, shard.group, **options)
+    if options.get("return_lse"):
+        raise NotImplementedError("sharded_attention returns no LSE; call prefix_attention for it")
+    own, dim = shard.num_own, k.shape[2]
+    both = shard.keys.exchange(torch.cat([k, v], dim=2)[:own])
+    out = prefix_attention(q[:own], both[..., :dim], both[..., dim:], shard.keys.layout, **options)
+    return F.pad(out, (0, 0, 0, 0, 0, shard.num_rows - own))
 
 
 def _rows_to_heads(x: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:

@@ -32,6 +32,7 @@ import prefix_attn
 import prefix_attn.integrations.transformers
 from prefix_attn.integrations import distributed
 from prefix_attn.losses import completion_log_probs, gspo_loss, packed_log_probs, shard_rows
+from prefix_attn.shards import WAYS
 from tests.docs_examples import run_examples
 from tests.integrations.tiny_models import (
     SMALL,
@@ -95,9 +96,15 @@ def divisible(batch: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
     return padded
 
 
-def enabled(model: Any, group: Any, inputs: str = "whole", **options: Any) -> Any:
+def enabled(
+    model: Any, group: Any, inputs: str = "whole", way: str = "auto", **options: Any
+) -> Any:
     return prefix_attn.enable(
-        model, sequence_parallel_group=group, sequence_parallel_inputs=inputs, **options
+        model,
+        sequence_parallel_group=group,
+        sequence_parallel_inputs=inputs,
+        sequence_parallel_way=way,
+        **options,
     )
 
 
@@ -154,25 +161,26 @@ def run_slices(model: Any, batch: dict[str, Tensor], group: Any, **options: Any)
 def assert_exact(
     config: Any, batch: dict[str, Tensor], group: Any, inputs: str = "whole", **options: Any
 ) -> None:
-    """Logits and gradients of the ranks together are those of one process.
+    """Logits and gradients of the ranks together are those of one process, in both ways.
 
     A difference of two float64 runs is at most twice the error of one. The error of one is that of
     a float32 run, times the ratio of the epsilons.
     """
-    truth = options.pop("truth", batch)
+    truth, ways = options.pop("truth", batch), options.pop("ways", WAYS)
     with KeepDouble():
-        model = enabled(build(config).eval(), group, inputs)
-        runs = {"whole": run_whole, "slices": run_slices}
-        found = runs[inputs](model, batch, group, **options)
         expected = run(build(config).eval(), truth, **options)
-    counts = prefix_attn.stats(model)
-    assert (counts.calls, counts.packed_calls) == (1, 1)
-    if truth is not batch:
-        expected["logits"] = expected["logits"].view_as(found["logits"])
     error = deviation(run(build(config, torch.float32).eval(), truth, **options), expected)
     allowed = 2 * error * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    difference = deviation(found, expected)
-    assert difference <= allowed, (difference, allowed)
+    runs = {"whole": run_whole, "slices": run_slices}
+    for way in ways:
+        with KeepDouble():
+            model = enabled(build(config).eval(), group, inputs, way)
+            found = runs[inputs](model, batch, group, **options)
+        counts = prefix_attn.stats(model)
+        assert (counts.calls, counts.packed_calls) == (1, 1)
+        logits = expected["logits"].view_as(found["logits"])
+        difference = deviation(found, expected | {"logits": logits})
+        assert difference <= allowed, (way, difference, allowed)
 
 
 # ---- exactness --------------------------------------------------------------------------------
@@ -199,6 +207,13 @@ def check_eight_ranks(group: Any) -> None:
 def check_window_and_fewer_kv_heads_than_ranks(group: Any) -> None:
     config = config_of("mistral", group, sliding_window=6)
     assert_exact(config, pad(rows_that_share(), "left"), group)
+
+
+@on_ranks(4)
+def check_heads_that_ranks_cannot_share(group: Any) -> None:
+    config = tiny_config("llama", **HEADS[3])
+    assert_exact(config, pad(rows_that_share()), group, "whole", ways=("auto",))
+    assert_exact(config, as_row(rows_that_share()), group, "slices", ways=("keys",))
 
 
 @on_ranks(2)
@@ -243,8 +258,13 @@ def check_nothing_shared(group: Any) -> None:
 def check_recomputation(group: Any) -> None:
     batch, config = pad(rows_that_share()), config_of("qwen3", group)
     expected = run(build(config), batch)
-    for reentrant, inputs in ((False, "whole"), (True, "whole"), (False, "slices")):
-        model = enabled(build(config), group, inputs)
+    for reentrant, inputs, way in (
+        (False, "whole", "keys"),
+        (True, "whole", "heads"),
+        (False, "slices", "heads"),
+        (True, "slices", "keys"),
+    ):
+        model = enabled(build(config), group, inputs, way)
         options = {"use_reentrant": reentrant}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if reentrant:
@@ -386,15 +406,16 @@ def check_partial_losses_of_own_rows_add_up(group: Any) -> None:
     config = config_of("qwen3", group)
     layout, ids, weights = packed_inputs()
     _, expected, grads = whole_log_probs(config)
-    shard = shard_rows(layout, group)
     model = build(config, attn_implementation="prefix_attn")
-    for factor, averaged in ((1.0, False), (3.0, True)):
+    for factor, averaged, way in ((1.0, False, "heads"), (3.0, True, "heads"), (3.0, True, "keys")):
+        shard = shard_rows(layout, group, way=way)
         model.zero_grad()
         sent = Counted()
         with sent:
             hidden = hidden_of(model, ids[shard.rows], shard.position_ids, shard)
             log_probs = packed_log_probs(hidden, model.lm_head.weight, ids, shard)
-        assert sent.calls == {"heads": 4 * len(model.model.layers)}
+        layers = len(model.model.layers)
+        assert sent.calls == ({"heads": 4 * layers} if way == "heads" else {"rows": layers})
         torch.testing.assert_close(log_probs, expected[shard.pairs], rtol=1e-5, atol=1e-5)
         (factor * (log_probs * weights[shard.pairs]).sum()).backward()
         found = summed(model, group, 1 / 3 if averaged else 1.0)
@@ -431,13 +452,14 @@ def check_whole_losses_of_completions_are_averaged(group: Any) -> None:
 def check_ranks_without_own_rows_take_part(group: Any) -> None:
     """Five tokens on eight ranks: three ranks run padding alone."""
     layout, ids = prefix_attn.PrefixLayout.from_sequences([[5, 6, 7], [5, 8, 9]])
-    shard = shard_rows(layout, group)
-    assert shard.num_own == int(group.rank() < 5)
-    model = build(config_of("llama", group), attn_implementation="prefix_attn")
-    hidden = hidden_of(model, ids[shard.rows], shard.position_ids, shard)
-    log_probs = packed_log_probs(hidden, model.lm_head.weight, ids, shard)
-    log_probs.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    for way in WAYS:
+        shard = shard_rows(layout, group, way=way)
+        assert shard.num_own <= 1
+        model = build(config_of("llama", group), attn_implementation="prefix_attn")
+        hidden = hidden_of(model, ids[shard.rows], shard.position_ids, shard)
+        log_probs = packed_log_probs(hidden, model.lm_head.weight, ids, shard)
+        log_probs.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
 
 
 @on_ranks(2)
@@ -458,6 +480,11 @@ def check_shards_are_checked(group: Any) -> None:
         packed_log_probs(hidden, model.lm_head.weight, ids, shard)
     with pytest.raises(TypeError, match="must be a PrefixLayout, got int"):
         shard_rows(3)
+    with pytest.raises(ValueError, match=r"one of .'heads', 'keys'.*got 'auto'"):
+        shard_rows(layout, group, way="auto")
+    whole = prefix_attn.PrefixLayout.from_tree([3, 2], [-1, 0], bidirectional=[True, False])
+    with pytest.raises(ValueError, match="see all of themselves can't be dealt"):
+        shard_rows(whole, group, way="keys")
     with pytest.raises(ValueError, match="4 queries for 6 tokens"):
         shard_rows(prefix_attn.PrefixLayout.from_lengths([2], [[4]]).queries_for([1]), group)
 
@@ -534,7 +561,7 @@ def check_bytes_are_those_of_the_formula(group: Any) -> None:
     heads = 2 * config.num_attention_heads + 2 * max(config.num_key_value_heads, size)
     trades = (size - 1) * n * heads * config.head_dim * width // size
     for inputs in ("whole", "slices"):
-        model, sent = enabled(build(config), group, inputs), Counted()
+        model, sent = enabled(build(config), group, inputs, "heads"), Counted()
         given = divisible(batch, size)
         given = given if inputs == "whole" else slice_of(given, group)
         with sent:
@@ -556,6 +583,23 @@ def check_bytes_are_those_of_the_formula(group: Any) -> None:
 
 
 @on_ranks(4)
+def check_bytes_of_keys_are_those_of_other_ranks_paths(group: Any) -> None:
+    """By the dense mask: which keys the queries of each rank see."""
+    config, rank, size = tiny_config("llama"), group.rank(), group.size()
+    layout, _, _ = prefix_attn.PrefixLayout.from_padded(*long_batch().values())
+    shard = shard_rows(layout, group, way="keys")
+    mask = layout.materialize()
+    others = [r for r in range(size) if r != rank]
+    rows = sum(int(mask[shard.held[r]][:, shard.held[rank]].any(0).sum()) for r in others)
+    model, sent = build(config, attn_implementation="prefix_attn"), Counted()
+    with sent:
+        hidden_of(model, shard.rows % VOCAB, shard.position_ids, shard)
+    of_row = 2 * config.num_key_value_heads * config.head_dim * torch.float64.itemsize
+    assert rows
+    assert sent.sent == {"rows": rows * of_row * config.num_hidden_layers}
+
+
+@on_ranks(4)
 def check_activations_fall_with_the_ranks(group: Any) -> None:
     """What each rank saves for the backward pass, parameters left out."""
     kept = {}
@@ -567,7 +611,7 @@ def check_activations_fall_with_the_ranks(group: Any) -> None:
         if ranks == 1:
             prefix_attn.enable(model)
         else:
-            enabled(model, GROUPS[ranks], "slices")
+            enabled(model, GROUPS[ranks], "slices", "heads")
         batch = divisible(long_batch(), 4)
         batch = batch if ranks == 1 else slice_of(batch, GROUPS[ranks])
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -692,7 +736,7 @@ def check_refusals_leave_the_model_as_it_was(group: Any) -> None:
                 prefix_attn.enable(model, min_ratio=1.5)
             attention, keys = model.config._attn_implementation, set(vars(model.base_model))
             with pytest.raises(NotImplementedError, match=message):
-                enabled(model, group)
+                enabled(model, group, way="heads")
             assert model.config._attn_implementation == attention
             assert set(vars(model.base_model)) == keys
             assert not before or model.base_model._prefix_attn.ranks is None
@@ -701,6 +745,8 @@ def check_refusals_leave_the_model_as_it_was(group: Any) -> None:
         prefix_attn.enable(model, sequence_parallel_group=3)
     with pytest.raises(ValueError, match=r"one of .'whole', 'slices'.*got 'rows'"):
         enabled(model, group, "rows")
+    with pytest.raises(ValueError, match=r"one of .'auto', 'heads', 'keys'.*got 'ring'"):
+        enabled(model, group, way="ring")
     with pytest.raises(ValueError, match="needs a sequence_parallel_group"):
         prefix_attn.enable(model, sequence_parallel_inputs="slices")
     if group.rank() == 2:

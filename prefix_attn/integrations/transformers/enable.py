@@ -76,6 +76,7 @@ def enable(
     token_keywords: Iterable[str] = (),
     sequence_parallel_group: dist.ProcessGroup | None = None,
     sequence_parallel_inputs: str = "whole",
+    sequence_parallel_way: str = "auto",
 ) -> Model:
     """Computes prefixes that the rows of a batch share once, in every later call of the model.
 
@@ -106,6 +107,9 @@ def enable(
         sequence_parallel_inputs: "whole" if every rank of the group is called with the whole batch
             and gets all of its hidden states back; "slices" if rank r of N is called with the
             columns `[r L / N, (r + 1) L / N)` and gets those back.
+        sequence_parallel_way: "heads" trades rows for heads in attention; "keys" brings each rank
+            the keys and values of the paths of its rows; "auto" takes the one that moves less, by
+            the numbers of heads and of shared rows, and "keys" where heads can't be shared evenly.
 
     Returns:
         The model, changed in place.
@@ -121,7 +125,9 @@ def enable(
         raise ValueError(f"min_ratio must be at least 1, got {min_ratio}")
     keywords = checked_names(token_keywords)
     backbone = decoder_of(model)
-    ranks = SequenceParallel.of(backbone, sequence_parallel_group, sequence_parallel_inputs)
+    ranks = SequenceParallel.of(
+        backbone, sequence_parallel_group, sequence_parallel_inputs, sequence_parallel_way
+    )
     state = backbone.__dict__.get("_prefix_attn")
     if state is not None and runs_ours(backbone):
         state.min_ratio, state.always, state.ranks = min_ratio, always, ranks

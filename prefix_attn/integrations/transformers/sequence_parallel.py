@@ -1,7 +1,8 @@
 """Sequence parallelism inside `enable`: the ranks of a group run one packed row together.
 
-Every rank finds the same packed row, runs its own rows of it, and trades rows for heads in every
-attention layer. What a call returns goes back to the caller's layout in one uneven all-to-all:
+Every rank finds the same packed row and runs its own rows of it. In every attention layer ranks
+trade rows for heads, or bring each other the keys of shared rows. What a call returns goes back to
+the caller's layout in one uneven all-to-all:
 
     "whole"     every rank has the whole batch, and gets all of it back
     "slices"    rank r of N has the columns [r L/N, (r + 1) L/N), and gets these back
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefix_attn.dealing import keys_move_less
 from prefix_attn.integrations.packing import (
     HandBack,
     Packing,
@@ -40,7 +42,7 @@ from prefix_attn.integrations.transformers.calls import (
 )
 from prefix_attn.integrations.transformers.refusals import reads_rows_in_order
 from prefix_attn.layout import PrefixLayout, outside_inference_mode
-from prefix_attn.shards import RowExchange, RowShard
+from prefix_attn.shards import WAYS, RowExchange, RowShard
 
 INPUTS = ("whole", "slices")
 OWN_SHARD = "the caller passes a RowShard"
@@ -96,7 +98,7 @@ class ShardedPacking(Packing):
             with_blocks=packing.with_blocks,
             shard=shard,
             exchange=RowExchange(
-                shard.held_rows(), wanted if slices else wanted * size, shard.group, device
+                shard.held, wanted if slices else wanted * size, shard.group, device
             ),
             own_index=torch.from_numpy(index).to(device),
         )
@@ -120,10 +122,12 @@ class SequenceParallel:
     Attributes:
         group: the ranks that run one packed row together.
         slices: whether each of them is called with its columns of the batch.
+        way: how their attention works together, "auto" for the one that moves less.
     """
 
     group: dist.ProcessGroup
     slices: bool
+    way: str
 
     def __deepcopy__(self, memo: Any) -> SequenceParallel:
         return self  # a copy of the model has the same ranks
@@ -135,18 +139,22 @@ class SequenceParallel:
         )
 
     @classmethod
-    def of(cls, backbone: PreTrainedModel, group: Any, inputs: str) -> SequenceParallel | None:
+    def of(
+        cls, backbone: PreTrainedModel, group: Any, inputs: str, way: str
+    ) -> SequenceParallel | None:
         """Checks the arguments of `enable`, and that the model can be cut into rows.
 
         Raises:
             TypeError: if the group is no process group.
-            ValueError: if this rank is not in the group, or `inputs` says nothing known.
+            ValueError: if this rank is not in the group, or `inputs` or `way` is nothing known.
             NotImplementedError: naming what of the model would be wrong.
         """
         if inputs not in INPUTS:
             raise ValueError(
                 f"sequence_parallel_inputs must be one of {list(INPUTS)}, got {inputs!r}"
             )
+        if way not in ("auto", *WAYS):
+            raise ValueError(f"sequence_parallel_way must be one of {['auto', *WAYS]}, got {way!r}")
         if group is None:
             if inputs != "whole":
                 raise ValueError(
@@ -160,13 +168,15 @@ class SequenceParallel:
                 "sequence_parallel_group must be a ProcessGroup, such as mesh['sp'].get_group(), "
                 f"got {type(group).__name__}"
             )
-        reason = _why_not(backbone, dist.get_world_size(group))
+        reason = _why_not(backbone)
+        if reason is None and way == "heads":
+            reason = _why_not_heads(backbone.config, dist.get_world_size(group))
         if reason is not None:
             raise NotImplementedError(
                 f"prefix_attn can't enable {type(backbone).__name__} with a "
                 f"sequence_parallel_group: {reason}"
             )
-        return cls(group, inputs == "slices")
+        return cls(group, inputs == "slices", way)
 
     def gather(self, backbone: PreTrainedModel, call: dict[str, Any]) -> None:
         """Puts the whole batch into a call that has this rank's columns.
@@ -224,8 +234,29 @@ class SequenceParallel:
             error = raised
         self._agree(facts, error, _device_of(backbone, call))
         assert packing is not None  # else there was an error
-        shard = RowShard.of(packing.layout, self.group)
+        shard = RowShard.of(packing.layout, self.group, self._way_of(backbone.config, packing))
         return ShardedPacking.of(packing, shard, self.slices)
+
+    def _way_of(self, config: Any, packing: Packing) -> str:
+        """How the attention of a packed row works together, the same on every rank."""
+        ranks = dist.get_world_size(self.group)
+        unshared = _why_not_heads(config, ranks)
+        if packing.with_blocks is not None:  # such blocks can't be dealt in tiles
+            if self.way == "keys" or unshared is not None:
+                raise NotImplementedError(
+                    "pictures that see all of themselves need ranks that trade rows for heads: "
+                    + (unshared or 'pass sequence_parallel_way="heads"')
+                )
+            return "heads"
+        if self.way != "auto":
+            return self.way
+        if unshared is not None:
+            return "keys"
+        heads, kv_heads = _heads(config)
+        if heads is None or kv_heads is None:
+            return "heads"
+        less = keys_move_less(packing.layout.forest, ranks, heads, kv_heads)
+        return "keys" if less else "heads"
 
     def _agree(self, facts: dict[str, Any], error: Exception | None, device: torch.device) -> None:
         """Raises on every rank if one of them has an error, or facts that differ."""
@@ -327,28 +358,42 @@ def _device_of(backbone: PreTrainedModel, call: dict[str, Any]) -> torch.device:
     return backbone.device
 
 
-def _why_not(backbone: PreTrainedModel, ranks: int) -> str | None:
+def _why_not(backbone: PreTrainedModel) -> str | None:
     """The reason why a model can't run some rows of a packed row, or None."""
     reason = reads_rows_in_order(backbone)
     if reason is not None:
         return reason
-    config = backbone.config
-    if rope_reads_range(config):
+    if rope_reads_range(backbone.config):
         return (
             "its rotary frequencies depend on the largest position of the whole batch, which no "
             'rank sees (rope_type "dynamic" or "longrope")'
         )
-    heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, int) and heads % ranks:
+    return None
+
+
+def _why_not_heads(config: Any, ranks: int) -> str | None:
+    """The reason why ranks can't trade rows for heads, or None."""
+    heads, kv_heads = _heads(config)
+    if heads is not None and heads % ranks:
         return (
             f"{heads} query heads can't be shared by {ranks} ranks: their number must divide that "
             "of the heads"
         )
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    latent = getattr(config, "kv_lora_rank", None)  # attention then has as many keys as queries
-    if isinstance(kv_heads, int) and latent is None and kv_heads % ranks and ranks % kv_heads:
+    if kv_heads is not None and kv_heads % ranks and ranks % kv_heads:
         return (
             f"{kv_heads} KV heads can't be shared by {ranks} ranks: their number must divide that "
             "of the heads, or be a multiple of it"
         )
     return None
+
+
+def _heads(config: Any) -> tuple[int | None, int | None]:
+    """Query and KV heads of a layer, None where they are not one number for all."""
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "kv_lora_rank", None) is not None:  # each query head has keys of its own
+        kv_heads = heads
+    return (
+        heads if isinstance(heads, int) else None,
+        kv_heads if isinstance(kv_heads, int) else None,
+    )
