@@ -329,6 +329,24 @@ def test_a_gradient_of_pixels_runs_every_copy():
     assert list(counts.pictures_repeated) == ["the gradient of pixel_values is wanted"]
 
 
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_keywords_of_the_loss_and_the_decoder_are_none_of_the_tower(model_type):
+    """Some models hand all their keywords to the tower."""
+    model, batch = vision_model(model_type)
+    batch["num_items_in_batch"] = torch.tensor(7)
+    batch["experts"] = batch["input_ids"][..., None] % 3
+    counts = compared(model, batch, token_keywords=["experts"])
+    assert (counts.pictures_in, counts.pictures_run) == (9, 3), counts.pictures_repeated
+    assert counts.ratio > 1.2
+
+
+def test_an_unknown_tensor_runs_every_copy():
+    model, batch = vision_model("llava")
+    prefix_attn.enable(model, self_check=False)
+    model.model.get_image_features(batch["pixel_values"], weights=torch.ones(9))
+    assert list(prefix_attn.stats(model).pictures_repeated) == ["the keyword weights"]
+
+
 def test_pictures_of_other_models_run_every_copy():
     model, batch = vision_model("llava")
     model.model.config.model_type = "another"

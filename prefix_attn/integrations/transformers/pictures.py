@@ -26,6 +26,7 @@ from prefix_attn.integrations.packing import (
     bits_of,
     checksums,
 )
+from prefix_attn.integrations.transformers.attention import HARMLESS
 from prefix_attn.integrations.transformers.decoder import Weak
 
 METHODS = ("get_image_features", "get_video_features")
@@ -60,8 +61,9 @@ FRAMES = "num_frames_per_video"  # (n,), where the frames of all videos lie end 
 PADDED = "pixel_attention_mask"  # where each row of the batch has as many pictures, some of zeros
 # (n, P, 2) places of patches, -1 at padding that has no features.
 PLACES = ("image_position_ids", "video_position_ids")
-# What else has an entry for each picture.
-PER_PICTURE = frozenset({*GRIDS, *PLACES, FRAMES, "image_sizes"})
+IN_ROWS = "batch_num_images"  # (B,), pictures in each row of the batch
+# What has an entry for each picture.
+PER_PICTURE = frozenset({*GRIDS, *PLACES, FRAMES, PADDED, "image_sizes"})
 # The only fields of a tower's output that come back where pictures repeat.
 FEATURES, LAYERS_OF_FEATURES = "pooler_output", "deepstack_features"
 
@@ -151,7 +153,7 @@ def _features(owner: Weak, name: str, *args: Any, **kwargs: Any) -> Any:
     shared.running = True
     try:
         try:
-            pictures = _read(model, call)
+            pictures = _read(model, call, HARMLESS.union(state.token_keywords))
             kept, copy_of = _distinct(pictures)
             if len(kept) < len(copy_of):
                 _refuse_noise(model, shared.decoder)
@@ -182,8 +184,17 @@ def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, 
 # ---- reading a call -----------------------------------------------------------------------------
 
 
-def _read(model: PreTrainedModel, call: dict[str, Any]) -> _Pictures:
-    """Finds the pictures of a call, or raises PassThroughError with the reason why not."""
+def _read(model: PreTrainedModel, call: dict[str, Any], harmless: frozenset[str]) -> _Pictures:
+    """Finds the pictures of a call.
+
+    Args:
+        model: that owns the tower.
+        call: arguments by keyword, the pixels first.
+        harmless: keywords for the decoder and the loss, which models hand to their tower as well.
+
+    Raises:
+        PassThroughError: with the reason why pictures can't be told apart.
+    """
     if model.config.model_type not in PICTURE_MODELS:
         raise PassThroughError(f"pictures of {model.config.model_type!r} are not known")
     name, pixels = next(iter(call.items()))
@@ -194,10 +205,11 @@ def _read(model: PreTrainedModel, call: dict[str, Any]) -> _Pictures:
         raise PassThroughError(f"{name} is a {type(pixels).__name__}, not a tensor")
     if torch.is_grad_enabled() and pixels.requires_grad:
         raise PassThroughError(f"the gradient of {name} is wanted")
-    others = {k: x for k, x in call.items() if k != name and isinstance(x, Tensor)}
+    tensors = {k: x for k, x in call.items() if isinstance(x, Tensor) and x.dim()}
+    others = {k: x for k, x in tensors.items() if k != name and k not in harmless}
     for other, x in others.items():
-        alone = other == "batch_num_images" and len(x) == len(pixels) and bool((x == 1).all())
-        if other not in PER_PICTURE | {PADDED} and not alone:
+        one_each = other == IN_ROWS and len(x) == len(pixels) and bool((x == 1).all())
+        if other not in PER_PICTURE and not one_each:
             raise PassThroughError(f"the keyword {other}")
     if pixels.dim() == 5 and PADDED in call:
         return _read_padded(name, pixels, others.get(PADDED))
