@@ -2,8 +2,8 @@
 
 A run's CSV goes to `bench/results/NAME.csv`, its picture, if there is one, to
 `docs/pages/figures/NAME.png`. Tables stand between markers in README.md and in the documentation's
-pages on performance and on machine code: those of runs, the modelled machine code and the modelled
-schedule.
+pages on performance, on machine code and on sequence parallelism: those of runs, and of the models
+of machine code, of the schedule and of what ranks send.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import schedule_model, tables
+from bench import schedule_model, sequence_parallel, tables
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "pages"
-PAGES = (ROOT / "README.md", DOCS / "performance.md", DOCS / "machine-code.md")
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / f"{name}.md" for name in ("performance", "machine-code", "sequence-parallel")),
+)
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MODELS: dict[str, Callable[[], str]] = {
     "machine-code": budget.markdown,
     "schedule": schedule_model.markdown,
+    "sequence-parallel": sequence_parallel.markdown,
 }
 ABOVE = (
     "Above 100 % means that the repeated baseline reaches fewer FLOP/s than shared attention; no "

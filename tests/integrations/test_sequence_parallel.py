@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 
 import prefix_attn
 import prefix_attn.integrations.transformers
-from prefix_attn.integrations import distributed
+from bench.sequence_parallel import Counted
 from prefix_attn.losses import completion_log_probs, gspo_loss, packed_log_probs, shard_rows
 from prefix_attn.shards import WAYS
 from tests.docs_examples import run_examples
@@ -501,42 +501,6 @@ def check_documentation(group: Any) -> None:
 
 
 # ---- what is sent and kept --------------------------------------------------------------------
-
-
-class Counted:
-    """Counts the all-to-alls and the bytes that this rank sends in them.
-
-    Attributes:
-        calls: by kind, "heads" in attention and "rows" in a `RowExchange`.
-        sent: bytes by kind, those to itself left out.
-    """
-
-    def __init__(self) -> None:
-        self.calls: dict[str, int] = {}
-        self.sent: dict[str, int] = {}
-        self._patches = pytest.MonkeyPatch()
-
-    def __enter__(self) -> None:
-        trade, exchange = distributed.all_to_all_single_autograd, dist.all_to_all_single
-
-        def counted_trade(x: Tensor, out: Any, into: Any, group: Any) -> Tensor:
-            self._add("heads", x.nbytes - x.nbytes // group.size())
-            return trade(x, out, into, group)
-
-        def counted_exchange(out: Tensor, x: Tensor, got: Any, sent: Any, group: Any) -> Any:
-            rows = sum(sent) - sent[group.rank()]
-            self._add("rows", rows * x[0].nbytes if len(x) else 0)
-            return exchange(out, x, got, sent, group=group)
-
-        self._patches.setattr(distributed, "all_to_all_single_autograd", counted_trade)
-        self._patches.setattr(dist, "all_to_all_single", counted_exchange)
-
-    def __exit__(self, *error: Any) -> None:
-        self._patches.undo()
-
-    def _add(self, kind: str, size: int) -> None:
-        self.calls[kind] = self.calls.get(kind, 0) + 1
-        self.sent[kind] = self.sent.get(kind, 0) + size
 
 
 LONG, EACH, MEMBERS = 96, 16, 4  # T = 160

@@ -1,0 +1,164 @@
+"""Bytes that ranks send where they share a packed row: `python -m bench.sequence_parallel`.
+
+Prints the model for long prompts, a table of Markdown. `--count N` runs one layer of a small case
+on N gloo ranks in both ways, and prints the bytes that were sent next to those of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from bench.cases import DTYPES
+from bench.tables import markdown as table
+from prefix_attn import PrefixLayout
+from prefix_attn.cases import Case
+from prefix_attn.dealing import deal, keys_move_less, path_segments
+from prefix_attn.integrations import distributed
+from prefix_attn.shards import WAYS, RowShard
+
+CASES = (
+    Case(65536, 2048, 16, 32, 8, 128, "bfloat16"),
+    Case(65536, 2048, 16, 64, 8, 128, "bfloat16"),
+    Case(131072, 1024, 8, 32, 8, 128, "bfloat16"),
+    Case(16384, 8192, 16, 32, 8, 128, "bfloat16"),
+    Case(4096, 8192, 16, 32, 4, 128, "bfloat16"),
+)
+RANKS = (2, 4, 8)
+COUNTED = Case(2048, 256, 8, 8, 2, 64, "float32")
+
+
+def layout_of(case: Case) -> PrefixLayout:
+    return PrefixLayout.from_lengths([case.prefix], [[case.suffix] * case.group])
+
+
+def _width(case: Case) -> int:
+    """Bytes of a number."""
+    return DTYPES[case.dtype].itemsize
+
+
+def bytes_of_heads(case: Case, ranks: int) -> float:
+    """That a rank sends in the forward pass of one layer: q, k and v there, the output back."""
+    rows = -(-layout_of(case).num_tokens // ranks)
+    heads = 2 * case.heads_q + 2 * max(case.heads_kv, ranks)
+    return (ranks - 1) / ranks * rows * heads * case.head_dim * _width(case)
+
+
+def bytes_of_keys(case: Case, ranks: int) -> float:
+    """The same for keys and values of shared rows, the mean over the ranks."""
+    pieces, rank = deal(layout_of(case).forest, ranks)
+    rows = sum(
+        int(pieces.lengths[path_segments(pieces, rank == r) & (rank != r)].sum())
+        for r in range(ranks)
+    )
+    return rows / ranks * 2 * case.heads_kv * case.head_dim * _width(case)
+
+
+def bytes_of_hand_back(case: Case, ranks: int) -> float:
+    """In "whole" mode, once per call: the hidden states of own rows to every other rank."""
+    rows = -(-layout_of(case).num_tokens // ranks)
+    return (ranks - 1) * rows * case.heads_q * case.head_dim * _width(case)
+
+
+def markdown() -> str:
+    """The table of the model, for the page on sequence parallelism."""
+    header = ("P, S, G, heads, D", "ranks", "heads, MB", "keys, MB", "auto", "hand-back, MB")
+    rows = []
+    for case, ranks in product(CASES, RANKS):
+        keys = keys_move_less(layout_of(case).forest, ranks, case.heads_q, case.heads_kv)
+        numbers = [
+            f"{function(case, ranks) / 1e6:.0f}"
+            for function in (bytes_of_heads, bytes_of_keys, bytes_of_hand_back)
+        ]
+        name = f"{case.prefix}, {case.suffix}, {case.group}, {case.heads_q}/{case.heads_kv}, 128"
+        rows.append((name, str(ranks), *numbers[:2], "keys" if keys else "heads", numbers[2]))
+    return table(header, rows, "lrrrlr")
+
+
+class Counted:
+    """Counts, while it is entered, the all-to-alls of this process and the bytes that it sends.
+
+    Attributes:
+        calls: by kind, "heads" in attention and "rows" of rows that travel.
+        sent: bytes by kind; what stays on the rank is left out.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.sent: dict[str, int] = {}
+        self._trade: Callable[..., Any] = distributed.all_to_all_single_autograd
+        self._exchange: Callable[..., Any] = dist.all_to_all_single
+
+    def __enter__(self) -> Counted:
+        distributed.all_to_all_single_autograd = self._counted_trade  # type: ignore[assignment]
+        dist.all_to_all_single = self._counted_exchange  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        distributed.all_to_all_single_autograd = self._trade
+        dist.all_to_all_single = self._exchange
+
+    def _counted_trade(self, x: Tensor, out: Any, into: Any, group: Any) -> Any:
+        self._add("heads", x.nbytes - x.nbytes // group.size())
+        return self._trade(x, out, into, group)
+
+    def _counted_exchange(
+        self, out: Tensor, x: Tensor, received: list[int], sent: list[int], group: Any
+    ) -> Any:
+        rows = sum(sent) - sent[group.rank()]
+        self._add("rows", rows * x[0].nbytes if len(x) else 0)
+        return self._exchange(out, x, received, sent, group=group)
+
+    def _add(self, kind: str, size: int) -> None:
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.sent[kind] = self.sent.get(kind, 0) + size
+
+
+def count(rank: int, ranks: int, port: int) -> None:
+    """Runs one layer in both ways, as one of the ranks; the first prints what all of them sent."""
+    torch.set_num_threads(1)
+    at = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=at, rank=rank, world_size=ranks)
+    group, case = dist.group.WORLD, COUNTED
+    assert group is not None
+    model = {"heads": bytes_of_heads(case, ranks), "keys": bytes_of_keys(case, ranks)}
+    for way in WAYS:
+        shard = RowShard.of(layout_of(case), group, way)
+        heads = (case.heads_q, case.heads_kv, case.heads_kv)
+        q, k, v = (torch.randn(shard.num_rows, h, case.head_dim) for h in heads)
+        with Counted() as counted:
+            distributed.sharded_attention(q, k, v, shard)
+        total = torch.tensor(sum(counted.sent.values()))
+        dist.all_reduce(total)
+        if rank == 0:
+            found = float(total) / ranks
+            print(f"{way:5}  sent {found / 1e6:.3f} MB, model {model[way] / 1e6:.3f} MB")
+    dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the model, or counts."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sequence_parallel", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="run a small case on N gloo ranks")
+    args = parser.parse_args(arguments)
+    if args.count is None:
+        print(markdown())
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(count, (args.count, port), nprocs=args.count)
+
+
+if __name__ == "__main__":
+    main()
