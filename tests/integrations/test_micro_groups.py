@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bench.micro_groups import SavedBytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from prefix_attn.micro import Deposit, Recorded
 from tests.integrations import tiny_models
 from tests.integrations.test_transformers_exact import EXACT
 from tests.integrations.tiny_models import VOCAB, as_row, deviation, pad, rows_that_share
+from tests.saved_bytes import SavedBytes
 
 EPS = torch.finfo(torch.float64).eps
 ROUNDING = 1e4 * EPS  # of float64 gradients that were summed in another order
@@ -395,6 +397,30 @@ def test_micro_groups_let_optimizers_step_between_closed_prefixes():
             other.step()
             if i == 1:
                 optimizer.step()
+
+
+def test_micro_groups_take_batches_from_a_buffer_that_is_filled_again():
+    batches = [pad([row]) for row in group(4)]
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    buffer = {name: torch.zeros(1, width, dtype=torch.int64) for name in batches[0]}
+
+    def filled() -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            for name, x in buffer.items():
+                x.zero_()[:, : batch[name].shape[1]] = batch[name]
+            yield buffer
+
+    model = build()
+    with micro_groups(model, filled(), min_tokens=np.int64(1)) as run:
+        for batch in filled():
+            loss_of(model, batch).backward()
+    assert run.num_prefixes == 1
+    found = gradients(model, [])
+    model.zero_grad()
+    with micro_groups(model, batches, min_tokens=1):
+        for batch in batches:
+            loss_of(model, batch).backward()
+    assert deviation(found, gradients(model, [])) <= NARROW_ROUNDING
 
 
 # ---- errors -------------------------------------------------------------------------------------

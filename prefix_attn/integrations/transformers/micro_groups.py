@@ -129,7 +129,8 @@ class MicroGroups:
                 "micro-groups do not support sequence parallelism: call enable without a "
                 "sequence_parallel_group"
             )
-        if not isinstance(min_tokens, int) or isinstance(min_tokens, bool) or min_tokens < 0:
+        known = isinstance(min_tokens, (int, np.integer)) and not isinstance(min_tokens, bool)
+        if not known or min_tokens < 0:
             raise ValueError(f"min_tokens must be a number of tokens, got {min_tokens!r}")
         refuse_unserved(model, self._backbone)
         self._groups = [process_group] if process_group is not None else sharing_groups(model)
@@ -511,7 +512,9 @@ def _announced(micro_batches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
             )
         if not isinstance(batch.get("input_ids"), Tensor):
             raise ValueError(f"micro-batch {i} has no input_ids, only {sorted(batch)}")
-        batches.append({name: batch[name] for name in READ if batch.get(name) is not None})
+        # Copies: what announces them may fill the same buffers again.
+        read = {name: batch[name] for name in READ if batch.get(name) is not None}
+        batches.append({n: x.clone() if isinstance(x, Tensor) else x for n, x in read.items()})
     if not batches:
         raise ValueError("micro_groups needs at least one micro-batch")
     return batches
