@@ -536,9 +536,9 @@ def test_micro_groups_refuse_models_by_name():
     with pytest.raises(NotImplementedError, match="is compiled"):
         micro_groups(torch.compile(build()), batches)
     mixed = build()
-    mixed.model.layers[0].mixer = torch.nn.Conv1d(1, 1, 1)
+    mixed.model.layers[0].mixer = torch.nn.Sequential(torch.nn.Conv1d(1, 1, 2))
     with pytest.raises(
-        NotImplementedError, match=r"the states of layers.0.mixer \(Conv1d\) are not"
+        NotImplementedError, match=r"the states of layers.0.mixer \(Sequential\) are not"
     ):
         micro_groups(mixed, batches)
     model = build()
