@@ -16,7 +16,7 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-full gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-full bench-micro gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -131,6 +131,9 @@ bench-small: dev ## the same on one small case, in seconds
 
 bench-full: dev ## measure the whole table
 	$(BIN)/python -m bench --full
+
+bench-micro: $(HF_VENV)/.stamp ## measure memory and time of micro-groups, in half an hour
+	$(HF_VENV)/bin/python -m bench --micro
 
 gpu: ## check and time on a GPU in nine minutes, with what PYTHON has installed (OUT=folder)
 	@$(PYTHON) -c 'import torch' || { echo 'make gpu needs a PYTHON with PyTorch and Triton'; exit 2; }

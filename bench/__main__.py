@@ -1,4 +1,4 @@
-"""Times shared-prefix attention: `python -m bench`."""
+"""Times shared-prefix attention, or with --micro a training step: `python -m bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import report
+from bench import micro, report
 from bench.cases import TIMED_DTYPES, case_from_text, cases_of_run, default_dtype
 from bench.facts import environment
 from bench.measure import MIN_ROUNDS, Outcome, run_case
@@ -26,10 +26,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--case", action="append", default=[], metavar="P,S,G,Hq,Hkv,D", help="may be repeated"
     )
+    parser.add_argument(
+        "--micro", action="store_true", help="memory and time of micro-groups instead"
+    )
+    parser.add_argument("--width", type=int, default=256, help="of the model of --micro (256)")
+    parser.add_argument(
+        "--group", action="append", default=[], type=int, metavar="G", help="for --micro: 8 to 64"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
     parser.add_argument("--dtype", choices=TIMED_DTYPES, help="float32 on a CPU, else bfloat16")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
+    parser.add_argument("--out", type=Path, help="folder (out/bench, out/micro)")
     args = parser.parse_args(arguments)
+    args.out = args.out or Path("out/micro" if args.micro else "out/bench")
     try:
         args.device = torch.device(args.device)
     except RuntimeError:
@@ -40,6 +48,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: this machine has no CUDA device")
     if args.rounds < MIN_ROUNDS:
         parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
+    if args.micro and (args.case or args.full):
+        parser.error("--micro excludes --case and --full")
+    if args.width < 64 or args.width % micro.HEAD_DIM:
+        parser.error(f"--width must be a multiple of {micro.HEAD_DIM}, got {args.width}")
+    if any(group < micro.AT_A_TIME or group % micro.AT_A_TIME for group in args.group):
+        parser.error(f"--group must be a multiple of {micro.AT_A_TIME}, got {args.group}")
     if args.case and args.full:
         parser.error("--case and --full exclude each other")
     if args.out.exists() and not args.out.is_dir():
@@ -50,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--case: {error}")
     args.cases = args.cases or cases_of_run(args.device, args.full, args.dtype)
+    args.dtype, args.group = dtype, args.group or list(micro.GROUPS)
     return args
 
 
@@ -89,6 +104,8 @@ def main() -> int:
     device, cases = args.device, args.cases
     facts = environment(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
+    if args.micro:
+        return micro.main(args, progress(2 * len(args.group)))
     total, load = Outcome(), load_average()
     with progress(len(cases)) as bar:
         for case in cases:

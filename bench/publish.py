@@ -2,8 +2,8 @@
 
 A run's CSV goes to `bench/results/NAME.csv`, its picture, if there is one, to
 `docs/pages/figures/NAME.png`. Tables stand between markers in README.md and in the documentation's
-pages on performance, on machine code and on sequence parallelism: those of runs, and of the models
-of machine code, of the schedule and of what ranks send.
+pages on performance, machine code, micro-groups and sequence parallelism: those of runs, and of the
+models of machine code, of the schedule and of what ranks send.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import schedule_model, sequence_parallel, tables
+from bench import micro, schedule_model, sequence_parallel, tables
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,10 @@ RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs" / "pages"
 PAGES = (
     ROOT / "README.md",
-    *(DOCS / f"{name}.md" for name in ("performance", "machine-code", "sequence-parallel")),
+    *(
+        DOCS / f"{name}.md"
+        for name in ("performance", "machine-code", "micro-groups", "sequence-parallel")
+    ),
 )
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
@@ -59,10 +62,12 @@ GPU_COLUMNS = {
 
 
 def markdown(results: Path) -> str:
-    """The table of one run: times, speed-up over repeating, share of the ideal."""
+    """The table of one run: of attention times, speed-up over repeating, share of the ideal."""
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     first = rows[0]
+    if "recomputation" in first:
+        return micro.markdown(rows)
     machine = f"{first['device']}, {first['threads']} threads, {first['dtype']}"
     versions, columns = f"torch {first['torch']}", CPU_COLUMNS
     if first.get("driver"):
