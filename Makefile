@@ -16,7 +16,7 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-full bench-micro gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-shapes bench-full bench-micro gpu gpu-tune docs-tables docs-figures docs build check clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -125,6 +125,9 @@ test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers a
 
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench
+
+bench-shapes: dev ## measure windows, softcaps, sinks, bfloat16, trees and small groups on a CPU
+	$(BIN)/python -m bench.shapes
 
 bench-small: dev ## the same on one small case, in seconds
 	$(BIN)/python -m bench --case 256,64,4,4,2,64 --rounds 3

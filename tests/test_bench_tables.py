@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from bench import publish, report
+from bench import publish, report, shapes
 from bench.cases import pairs
 from bench.facts import environment
 from bench.measure import Result
@@ -117,3 +117,30 @@ def test_picture_takes_what_computes_the_same(tmp_path):
     rows = report.compare(_results(CASE)[::-1])
     assert report.draw(rows, environment(torch.device("cpu")), tmp_path / "bench.png", most=1)
     assert (tmp_path / "bench.png").stat().st_size > 0
+
+
+def test_shapes_are_checked_and_timed(tmp_path, monkeypatch, capsys):
+    comb = shapes.Shape("comb", (3,) * 6, shapes._comb(3), window_size=4)
+    capped = shapes._groups("capped", 5, 2, 2, softcap=2.0, sinks=True)
+    monkeypatch.setattr(shapes, "SHAPES", (comb, capped))
+    assert shapes.main(["--rounds", "3", "--out", str(tmp_path)]) == 0
+    lines = list(csv.DictReader((tmp_path / "shapes.csv").open(newline="")))
+    assert [(x["shape"], x["provider"]) for x in lines] == [
+        ("comb", "repeated SDPA, boolean mask"),
+        ("comb", "prefix_attn"),
+        ("capped", "repeated formula"),
+        ("capped", "prefix_attn"),
+    ]
+    assert "of ideal" in capsys.readouterr().out
+
+    monkeypatch.setattr(shapes, "prefix_attention", lambda q, *args, **options: q + 1)
+    assert shapes.main(["--rounds", "3", "--out", str(tmp_path), "comb"]) == 1
+    assert "WRONG, not timed: comb" in capsys.readouterr().err
+
+
+def test_shapes_are_the_trees_that_they_name():
+    assert shapes._binary(3) == (-1, 0, 1, 1, 0, 4, 4)
+    assert shapes._comb(3) == (-1, 0, 0, 2, 2, 4)
+    groups = shapes._groups("two", 5, 2, 2, 2)
+    assert (groups.lengths, groups.parents) == ((5, 2, 2) * 2, (-1, 0, 0, -1, 3, 3))
+    assert groups.members == 2
