@@ -9,6 +9,7 @@ OLD_VENV := .venv-triton36
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
 MEGATRON_VENV := .venv-megatron
+TRAINERS_VENV := .venv-trainers
 OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
@@ -16,7 +17,9 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type test test-levels test-hf test-verl test-megatron test-oldest bench bench-small bench-shapes bench-full bench-micro gpu gpu-tune docs-tables docs-figures docs build check clean
+.PHONY: help dev fmt lint type check docs docs-tables docs-figures build clean hub \
+	test test-levels test-hf test-verl test-megatron test-trainers test-oldest \
+	bench bench-small bench-shapes bench-full bench-micro gpu gpu-tune
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -60,6 +63,16 @@ $(MEGATRON_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(MEGATRON_VENV)
 	$(MEGATRON_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) megatron-core==0.16.1 einops \
 		numpy pytest hypothesis
+	touch $@
+
+# They ask for other versions of transformers, and import with this one.
+$(TRAINERS_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(TRAINERS_VENV)
+	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) transformers==5.24.0 \
+		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
+		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro
+	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON) \
+		areal==1.0.4 axolotl==0.19.0 openrlhf==0.11.2 skyrl==0.3.0 torchtitan==0.3.0
 	touch $@
 
 # All that pyproject.toml asks for, at the oldest versions that it takes.
@@ -116,6 +129,10 @@ test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two 
 	$(MEGATRON_VENV)/bin/python -m pytest -q tests/integrations/test_megatron.py \
 		tests/integrations/test_megatron_distributed.py
 
+test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, the hub (not in make test)
+	$(TRAINERS_VENV)/bin/python -m pytest -q tests/integrations/test_hub.py \
+		tests/integrations/test_torchtitan.py tests/integrations/test_trainers.py
+
 test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers and TRL (not in make test)
 	env -u TRITON_INTERPRET $(OLDEST_VENV)/bin/python -m pytest -q -n 2 $(NUMERIC) \
 		tests/test_layout.py tests/test_ops.py tests/test_schedule.py
@@ -155,11 +172,15 @@ docs-figures: dev ## draw the pictures of the docs from masks, schedules and res
 docs: dev ## build the documentation, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f docs/mkdocs.yml
 
+hub: dev ## write the kernel for the Hugging Face hub to out/hub
+	$(BIN)/python -m hub
+
 build: dev ## wheel and source distribution in dist/
 	$(BIN)/python -m build
 
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) $(OLDEST_VENV) \
+	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) \
+		$(TRAINERS_VENV) $(OLDEST_VENV) \
 		build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
