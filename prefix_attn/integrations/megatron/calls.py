@@ -82,10 +82,10 @@ def find_row(
         content = ids
     else:
         hidden = hidden_of().transpose(0, 1)
-        wanted = model.decoder.pre_process and torch.is_grad_enabled()
-        given = call["decoder_input"]
-        if wanted and gradient_is_wanted(given, given.shape[:2]):
-            raise PassThroughError("the gradient of decoder_input itself is wanted")
+        if model.decoder.pre_process and torch.is_grad_enabled():
+            given = call["decoder_input"]
+            if gradient_is_wanted(given, given.shape[:2]):
+                raise PassThroughError("the gradient of decoder_input itself is wanted")
         content = content_of(hidden)
     shape = content.shape
     device = content.device
