@@ -12,6 +12,8 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,10 +21,19 @@ import torch
 import trl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prefix_attn.integrations.transformers.attention import SDPA_NAME
+from prefix_attn.integrations.transformers.attention import (
+    SDPA_NAME,
+    PackedMask,
+    followed,
+    mixer_layers_of,
+)
+from prefix_attn.integrations.transformers.decoder import Weak, decoder_of
 from prefix_attn.integrations.transformers.micro_groups import MicroGroups, micro_groups
+from prefix_attn.integrations.transformers.mixers import Mixers
+from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.layout import PrefixLayout
 
 TREE_ARGUMENTS = {
@@ -185,15 +196,24 @@ def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
 # ---- prefix tries of AsyncGRPO ----------------------------------------------------------------
 
 
-def serve_tree_attention() -> None:
+def serve_tree_attention(
+    model: torch.nn.Module | None = None, *, mixers_follow: bool = False
+) -> None:
     """Makes `prefix_attention` the attention of TRL's AsyncGRPO. Call it before the trainer.
 
     AsyncGRPO packs the samples of a micro-batch into a prefix trie and selects its attention by
     name. Its own function gathers the keys and values of every path, once per segment and layer,
     for FlashAttention 3; `tree_attention` takes its place under that name.
 
+    Args:
+        model: one with recurrent, linear-attention or convolutional mixers, which then follow the
+            trie as they do in `prefix_attn.enable`. Models of attention alone need not be named.
+        mixers_follow: another package makes such mixers follow the trie, so they are not refused.
+
     Raises:
-        NotImplementedError: if this version of TRL does not pack as this function expects.
+        NotImplementedError: if this version of TRL does not pack as this function expects, or if
+            the model's layers would be wrong on a packed row.
+        ValueError: if the model is enabled: its rows are packed already.
     """
     try:
         from trl.experimental.async_grpo import packing
@@ -208,8 +228,53 @@ def serve_tree_attention() -> None:
             "trl.experimental.async_grpo.packing should define register_tree_attention and "
             f"tree_attention(..., {', '.join(sorted(TREE_ARGUMENTS))})"
         )
-    packing.tree_attention = tree_attention
+    packing.tree_attention = (
+        partial(tree_attention, mixers_follow=True) if mixers_follow else (tree_attention)
+    )
     packing.register_tree_attention()
+    if model is not None:
+        _serve_mixers(decoder_of(model))
+
+
+@dataclass
+class _Tries:
+    """What `serve_tree_attention` keeps on a decoder."""
+
+    mixers: Mixers
+    forward: Callable[..., Any] | None  # set on the instance before
+
+
+def _serve_mixers(decoder: PreTrainedModel) -> None:
+    if "_prefix_attn" in decoder.__dict__:
+        raise ValueError(
+            f"{type(decoder).__name__} is enabled, but AsyncGRPO packs rows itself: call "
+            "prefix_attn.disable(model) first"
+        )
+    if "_prefix_attn_tries" in decoder.__dict__:
+        return
+    refuse_unsupported(decoder)
+    tries: Any = _Tries(Mixers(decoder), decoder.__dict__.get("forward"))
+    decoder._prefix_attn_tries = tries
+    decoder.forward = partial(_forward_trie, Weak(decoder))
+
+
+@torch.compiler.disable(recursive=False)
+def _forward_trie(decoder: Weak, *args: Any, **kwargs: Any) -> Any:
+    """A decoder's forward that hands the layout of a trie to mixers and attention."""
+    self = decoder.module
+    tries: _Tries = self._prefix_attn_tries
+    original = tries.forward or MethodType(type(self).forward, self)
+    if kwargs.get("tree_cu_seqlens_q") is None:
+        return original(*args, **kwargs)
+    layout = _layout_of_arguments(kwargs)
+    with tries.mixers.packed(layout):
+        packed = {"prefix_layout": layout, "attention_mask": PackedMask(layout)}
+        return original(*args, **{**kwargs, **packed})
+
+
+def _layout_of_arguments(arguments: dict[str, Any]) -> PrefixLayout:
+    names = ("kv_index", "cu_seqlens_q", "cu_seqlens_k", "segment_parents", "segment_depths")
+    return tree_layout(*(arguments.get(f"tree_{name}") for name in names))
 
 
 def tree_attention(
@@ -217,13 +282,17 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | PackedMask | None,
     *,
-    tree_kv_index: Tensor,
-    tree_cu_seqlens_q: Tensor,
-    tree_cu_seqlens_k: Tensor,
+    tree_kv_index: Tensor | None = None,
+    tree_cu_seqlens_q: Tensor | None = None,
+    tree_cu_seqlens_k: Tensor | None = None,
     tree_max_seqlen_q: int | None = None,
     tree_max_seqlen_k: int | None = None,
+    tree_segment_parents: Tensor | None = None,
+    tree_segment_depths: Tensor | None = None,
+    prefix_layout: PrefixLayout | None = None,
+    mixers_follow: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention along the paths of a trie: what TRL's function of this name computes.
@@ -239,57 +308,146 @@ def tree_attention(
         tree_cu_seqlens_k: see `tree_layout`.
         tree_max_seqlen_q: not needed.
         tree_max_seqlen_k: not needed.
+        tree_segment_parents: see `tree_layout`.
+        tree_segment_depths: see `tree_layout`.
+        prefix_layout: of the trie, where the decoder knows it already.
+        mixers_follow: recurrent mixers of the model follow the trie by other means.
         **options: scaling, sliding_window, softcap, s_aux and what else the layer hands over.
 
     Returns:
         `(out, None)`, out (1, T, Hq, DV).
+
+    Raises:
+        NotImplementedError: if the model has recurrent mixers that nobody serves.
     """
-    layout = tree_layout(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+    layout = prefix_layout
+    if layout is None:
+        layout = tree_layout(
+            tree_kv_index,
+            tree_cu_seqlens_q,
+            tree_cu_seqlens_k,
+            tree_segment_parents,
+            tree_segment_depths,
+        )
+    if mixers_follow:
+        followed.add(layout)
+    types = mixer_layers_of(module)
+    if types and layout not in followed:
+        raise NotImplementedError(
+            f"{type(module).__name__} belongs to a model with {types} layers, which would mix the "
+            "samples of a trie: call serve_tree_attention(model) with the model"
+        )
     attend = ALL_ATTENTION_FUNCTIONS[SDPA_NAME]
-    return attend(module, query, key, value, attention_mask, prefix_layout=layout, **options)
+    others = {name: x for name, x in options.items() if not name.startswith("tree_")}
+    return attend(module, query, key, value, attention_mask, prefix_layout=layout, **others)
 
 
 @dataclass(frozen=True, eq=False)
 class _KnownLayout:
-    """A layout, and the tensors that it was made from besides its key `tree_kv_index`."""
+    """A layout, and the tensors that it was made from besides its key."""
 
-    cu_seqlens: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
+    others: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
     layout: PrefixLayout
 
     def is_of(self, *tensors: Tensor) -> bool:
         """Whether the same tensors come again, not written to since."""
-        same = all(a() is b for a, b in zip(self.cu_seqlens, tensors[1:], strict=True))
+        if len(tensors) != len(self.versions):
+            return False
+        same = all(a() is b for a, b in zip(self.others, tensors[1:], strict=True))
         return same and self.versions == tuple(x._version for x in tensors)
 
 
-_known_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the identity of tree_kv_index
+_known_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the identity of the first tensor
 
 
 @torch.compiler.disable
-def tree_layout(kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> PrefixLayout:
+def tree_layout(
+    kv_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    parents: Tensor | None = None,
+    depths: Tensor | None = None,
+) -> PrefixLayout:
     """The layout of a trie that TRL packed; made once per batch, for all layers.
+
+    The trie is told by `parents`, or else by the paths of all segments.
 
     Args:
         kv_index: (K,) the packed rows on the path of every segment, root first, end to end.
         cu_seqlens_q: (S + 1,) first row of each segment, and T.
         cu_seqlens_k: (S + 1,) where the path of each segment starts in `kv_index`, and K.
+        parents: (S,) the segment that each one continues, -1 for roots; entries behind the first S
+            are padding.
+        depths: (S,) how many segments lie above each one: checked, if given with parents.
 
     Raises:
-        ValueError: naming the segment whose path is not its parent's path and its own rows.
+        ValueError: naming the segment whose path is not its parent's path and its own rows, or
+            whose depth or path disagrees with its parent.
     """
-    tensors = (kv_index, cu_seqlens_q, cu_seqlens_k)
-    known: _KnownLayout | None = _known_layouts.get(kv_index)
-    if known is None or not known.is_of(*tensors):
-        ends = np.cumsum([x.numel() for x in tensors])
-        host = torch.cat([x.long() for x in tensors]).cpu().numpy()  # the one copy to the host
-        known = _KnownLayout(
-            cu_seqlens=(weakref.ref(cu_seqlens_q), weakref.ref(cu_seqlens_k)),
-            versions=tuple(x._version for x in tensors),
-            layout=_layout_of_paths(*np.split(host, ends[:2])).to(kv_index.device),
+    given = {
+        "kv_index": kv_index,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "parents": parents,
+        "depths": depths,
+    }
+    tensors = {name: x for name, x in given.items() if x is not None}
+    if cu_seqlens_q is None or (parents is None and (kv_index is None or cu_seqlens_k is None)):
+        raise ValueError(
+            "a trie needs tree_cu_seqlens_q, and tree_segment_parents or both tree_kv_index and "
+            f"tree_cu_seqlens_k; got {', '.join(tensors) or 'none of them'}"
         )
-        _known_layouts[kv_index] = known
+    first, *others = tensors.values()
+    known: _KnownLayout | None = _known_layouts.get(first)
+    if known is None or not known.is_of(first, *others):
+        ends = np.cumsum([x.numel() for x in tensors.values()])
+        flat = torch.cat([x.long().flatten() for x in tensors.values()])  # one copy to the host
+        host = dict(zip(tensors, np.split(flat.cpu().numpy(), ends[:-1]), strict=True))
+        if parents is not None:
+            layout = _layout_of_parents(**host)
+        else:
+            paths = (host["kv_index"], host["cu_seqlens_q"], host["cu_seqlens_k"])
+            layout = _layout_of_paths(*paths)
+        known = _KnownLayout(
+            others=tuple(weakref.ref(x) for x in others),
+            versions=tuple(x._version for x in (first, *others)),
+            layout=layout.to(cu_seqlens_q.device),
+        )
+        _known_layouts[first] = known
     return known.layout
+
+
+def _layout_of_parents(
+    cu_seqlens_q: np.ndarray,
+    parents: np.ndarray,
+    depths: np.ndarray | None = None,
+    cu_seqlens_k: np.ndarray | None = None,
+    kv_index: np.ndarray | None = None,
+) -> PrefixLayout:
+    lengths = np.diff(cu_seqlens_q)
+    if len(parents) < len(lengths) or (depths is not None and len(depths) < len(lengths)):
+        raise ValueError(
+            f"tree_segment_parents and tree_segment_depths must have an entry for each of the "
+            f"{len(lengths)} segments, got {len(parents)}"
+            + ("" if depths is None else f" and {len(depths)}")
+        )
+    layout = PrefixLayout.from_tree(lengths.tolist(), parents[: len(lengths)].tolist())
+    levels: list[int] = []
+    tokens = layout.forest.depths + lengths  # on the path of each segment
+    for i, parent in enumerate(layout.forest.parents.tolist()):
+        levels.append(levels[parent] + 1 if parent >= 0 else 0)
+        if depths is not None and depths[i] != levels[i]:
+            raise ValueError(
+                f"tree_segment_depths[{i}] must be {levels[i]}, one more than that of its parent "
+                f"{parent}, got {depths[i]}"
+            )
+        if cu_seqlens_k is not None and cu_seqlens_k[i + 1] - cu_seqlens_k[i] != tokens[i]:
+            raise ValueError(
+                f"the path of segment {i} must hold {tokens[i]} rows, as its parent {parent} says, "
+                f"got {cu_seqlens_k[i + 1] - cu_seqlens_k[i]}"
+            )
+    return layout
 
 
 def _layout_of_paths(

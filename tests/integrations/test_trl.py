@@ -584,6 +584,122 @@ def test_model_on_trie_matches_samples_alone(
     assert len(made) == 1  # for two layers, forward and recomputed
 
 
+def segments_of(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What later versions of TRL hand on besides: parents and depths, padded to more segments."""
+    layout = tree_layout(*(row[f"tree_{x}"] for x in ("kv_index", "cu_seqlens_q", "cu_seqlens_k")))
+    depths: list[int] = []
+    for parent in layout.parents.tolist():
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return {
+        "tree_segment_parents": torch.tensor([*layout.parents.tolist(), 0, 0]),
+        "tree_segment_depths": torch.tensor([*depths, 0, 0]),
+    }
+
+
+def test_tree_layout_takes_the_tree_from_parents() -> None:
+    row = packed_row()
+    names = ("kv_index", "cu_seqlens_q", "cu_seqlens_k")
+    paths = [row[f"tree_{name}"] for name in names]
+    parents, depths = segments_of(row).values()
+    want = tree_layout(*paths)
+    for given in ([*paths, parents, depths], [None, paths[1], None, parents]):
+        layout = tree_layout(*given)
+        assert torch.equal(layout.segments, want.segments)
+        assert tree_layout(*given) is layout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"depths": [0, 1, 2]},
+            r"depths\[2\] must be 1, one more than that of its parent 0, got 2",
+        ),
+        ({"depths": [0, 1]}, "an entry for each of the 3 segments, got 3 and 2"),
+        ({"parents": [-1, 0]}, "an entry for each of the 3 segments, got 2"),
+        ({"cu_seqlens_k": [0, 2, 5, 10]}, "path of segment 2 must hold 4 rows, as its parent 0"),
+        ({"parents": None}, "both tree_kv_index and tree_cu_seqlens_k; got cu_seqlens_q, cu_seql"),
+    ],
+)
+def test_tree_layout_refuses_parents_that_disagree(changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "kv_index": None,
+        "cu_seqlens_q": [0, 2, 3, 5],
+        "cu_seqlens_k": [0, 2, 5, 9],
+        "parents": [-1, 0, 0],
+        "depths": None,
+    }
+    values = {n: None if x is None else torch.tensor(x) for n, x in (given | changes).items()}
+    values["cu_seqlens_k"] = torch.tensor(changes.get("cu_seqlens_k", [0, 2, 5, 9]))
+    with pytest.raises(ValueError, match=message):
+        tree_layout(**values)
+
+
+@pytest.fixture
+def hybrid() -> nn.Module:
+    """Qwen3.5 with the attention that TRL's trainer selects by name."""
+    from tests.integrations.tiny_hybrids import HYBRIDS
+    from tests.integrations.tiny_models import build, tiny_config
+
+    if "qwen3_5_text" not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"qwen3_5_text is not in transformers {transformers.__version__}")
+    model = build(tiny_config("qwen3_5_text", **HYBRIDS["qwen3_5_text"][1]))
+    model.set_attn_implementation(packing.TREE_ATTENTION)
+    return model
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("segments", [False, True])
+def test_hybrid_model_on_trie_matches_samples_alone(hybrid: nn.Module, segments: bool) -> None:
+    """Logits and gradients in float64; the tree from paths, or from parents and depths."""
+    from tests.integrations.test_transformers_enable import ROUNDING
+    from tests.integrations.tiny_models import KeepDouble, deviation
+
+    row = packed_row()
+    arguments = tree_arguments(row) | (segments_of(row) if segments else {})
+
+    def results(trie: bool) -> dict[str, Tensor]:
+        hybrid.zero_grad(set_to_none=True)
+        if trie:
+            serve_tree_attention(hybrid)
+            ids, positions = row["input_ids"][None], row["position_ids"][None]
+            logits = hybrid(ids, position_ids=positions, use_cache=False, **arguments).logits[0]
+            logits = logits[row["token_index"]]
+        else:
+            alone = [hybrid(s["input_ids"][None], use_cache=False).logits[0] for s in samples()]
+            pairs = zip(alone, samples(), strict=True)
+            logits = torch.cat([x[:-1][s["completion_mask"][1:] > 0] for x, s in pairs])
+        (logits.tanh() * row["advantages"].to(logits)[:, None]).sum().backward()
+        grads = {name: p.grad for name, p in hybrid.named_parameters()}
+        return {"logits": logits.detach()} | grads
+
+    with KeepDouble():
+        hybrid.set_attn_implementation("sdpa")
+        want = results(False)
+        hybrid.set_attn_implementation(packing.TREE_ATTENTION)
+        assert deviation(results(True), want) <= ROUNDING
+
+
+@pytest.mark.usefixtures("served")
+def test_hybrid_models_that_nobody_serves_are_refused(hybrid: nn.Module) -> None:
+    row = packed_row()
+    ids, positions = row["input_ids"][None], row["position_ids"][None]
+    call = {"position_ids": positions, "use_cache": False, **tree_arguments(row)}
+    with pytest.raises(NotImplementedError, match=r"mix the samples of a trie: call serve_tree_"):
+        hybrid(ids, **call)
+    serve_tree_attention(mixers_follow=True)
+    hybrid.set_attn_implementation(packing.TREE_ATTENTION)
+    hybrid(ids, **{**call, "tree_kv_index": row["tree_kv_index"].clone()})
+
+
+@pytest.mark.usefixtures("served")
+def test_enabled_models_are_not_served_as_tries(hybrid: nn.Module) -> None:
+    hybrid.set_attn_implementation("sdpa")
+    prefix_attn.enable(hybrid)
+    with pytest.raises(ValueError, match="Qwen3_5TextModel is enabled, but AsyncGRPO packs rows"):
+        serve_tree_attention(hybrid)
+
+
 def test_tree_layout_is_that_of_the_samples() -> None:
     row = packed_row()
     layout = tree_layout(*(tree_arguments(row)[name] for name in list(tree_arguments(row))[:3]))
