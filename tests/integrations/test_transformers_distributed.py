@@ -14,7 +14,9 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is missing")
 
 import prefix_attn  # noqa: E402
+from tests.integrations.tiny_hybrids import HYBRIDS  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
+    VOCAB,
     build,
     deviation,
     loss_of,
@@ -102,6 +104,46 @@ def run_fsdp2(rank):
     assert deviation(gradients(model), ordinary_gradients()) <= ROUNDING
 
 
+def trees(rank):
+    """Another tree on each rank: other lengths, segments and depths."""
+    generator = torch.Generator().manual_seed(7 + rank)
+
+    def draw(n):
+        return torch.randint(3, VOCAB, (n,), generator=generator)
+
+    prompt = draw(9 + rank)
+    rows = [torch.cat([prompt, draw(n)]) for n in ((3, 5, 2) if rank else (4, 4))]
+    return pad(rows + [torch.cat([rows[0], draw(n)]) for n in ((2, 3) if rank else ())])
+
+
+def run_fsdp2_mixers(rank):
+    """The projections of mixers are units of their own: each rank must gather them as often."""
+    from torch.distributed.fsdp import fully_shard
+
+    for model_type in ("qwen3_5_text", "minimax"):
+        if model_type not in transformers.CONFIG_MAPPING:
+            continue
+        config = tiny_config(model_type, **HYBRIDS[model_type][1])
+        want = build(config)
+        for batch in map(trees, range(RANKS)):
+            loss = loss_of(want(**batch, use_cache=False), batch["attention_mask"])
+            (loss / RANKS).backward()
+        model = build(config)
+        for module in model.get_decoder().layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                fully_shard(module)
+        for layer in model.get_decoder().layers:
+            fully_shard(layer)
+        fully_shard(model)
+        prefix_attn.enable(model, min_ratio=1.0)
+        batch = trees(rank)
+        loss_of(model(**batch, use_cache=False), batch["attention_mask"]).backward()
+        counts = prefix_attn.stats(model)
+        assert counts.packed_calls == 1
+        assert counts.mixers
+        assert deviation(gradients(model), gradients(want)) <= ROUNDING
+
+
 def run_tensor_parallel(rank):
     import tempfile
 
@@ -143,7 +185,9 @@ def worker(rank, run, port):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("run", [run_ddp, run_ddp_layout, run_fsdp2, run_tensor_parallel])
+@pytest.mark.parametrize(
+    "run", [run_ddp, run_ddp_layout, run_fsdp2, run_fsdp2_mixers, run_tensor_parallel]
+)
 def test_two_ranks(run):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
