@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 import prefix_attn
 from prefix_attn import micro_groups
-from prefix_attn.losses import grpo_loss
+from prefix_attn.losses import cispo_loss, grpo_loss, gspo_loss
 from prefix_attn.micro import Deposit, Recorded
 from tests.integrations import tiny_models
 from tests.integrations.test_transformers_exact import EXACT
@@ -133,13 +134,22 @@ def test_micro_groups_serve_models_with(model_type):
     assert deviation(found, expected) <= ROUNDING
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "dapo"])
-def test_micro_groups_have_the_gradients_of_the_whole_group(aggregation):
+@pytest.mark.parametrize(
+    ("loss_function", "per_token"),
+    [
+        (grpo_loss, False),
+        (partial(grpo_loss, aggregation="dapo"), True),
+        (gspo_loss, False),
+        (partial(cispo_loss, clip_high=0.3), True),
+    ],
+    ids=["GRPO", "DAPO", "GSPO", "CISPO"],
+)
+def test_micro_groups_have_the_gradients_of_the_whole_group(loss_function, per_token):
     rows, prompt = group(8), 11
     generator = torch.Generator().manual_seed(5)
     advantages = torch.randn(8, generator=generator, dtype=torch.float64)
     noise = 0.3 * torch.randn(8, 7, generator=generator, dtype=torch.float64)
-    count = {"grpo": 8, "dapo": sum(len(row) - prompt for row in rows)}[aggregation]
+    count = sum(len(row) - prompt for row in rows) if per_token else 8
 
     def loss(model: Any, batch: dict[str, Tensor], at: int) -> Tensor:
         logits = model(**batch, use_cache=False).logits[:, prompt - 1 : -1]
@@ -147,9 +157,7 @@ def test_micro_groups_have_the_gradients_of_the_whole_group(aggregation):
         found = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
         members = slice(at, at + len(found))
         old = found.detach() + noise[members, : found.shape[1]]
-        return grpo_loss(
-            found, old, advantages[members], mask, aggregation=aggregation, denominator=count
-        )
+        return loss_function(found, old, advantages[members], mask, denominator=count)
 
     with tiny_models.KeepDouble():
         model = build(enabled=False)
