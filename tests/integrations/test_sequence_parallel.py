@@ -724,9 +724,24 @@ def check_recurrent_layers_are_refused_by_name(group: Any) -> None:
         vocab_size=VOCAB, hidden_size=64, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
     )  # fmt: skip
-    reason = r"sequence_parallel_group: .*layers\.0\.conv .Lfm2ShortConv. reads a row in order"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    reason = r"can't run some rows .*: .*layers\.0\.conv .Lfm2ShortConv. reads a row in order"
     with pytest.raises(NotImplementedError, match=reason):
-        enabled(transformers.AutoModelForCausalLM.from_config(config), group)
+        enabled(model, group)
+    layout, ids, _ = packed_inputs()
+    shard = shard_rows(layout, group)
+    own, positions = ids[shard.rows], shard.position_ids
+    prefix_attn.enable(model)  # alone it is served, and a caller's shard is not
+    with pytest.raises(NotImplementedError, match=reason):
+        hidden_of(model, own, positions, shard)
+    prefix_attn.disable(model).set_attn_implementation("prefix_attn")
+    with pytest.raises(NotImplementedError, match=r"under a RowShard: its model has \['conv'\]"):
+        hidden_of(model, own, positions, shard)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = config_of("llama", group, rope_parameters=rope)
+    model = build(config, attn_implementation="prefix_attn")
+    with pytest.raises(NotImplementedError, match=r"under a RowShard.*largest position"):
+        hidden_of(model, own, positions, shard)
 
 
 @on_ranks(2)

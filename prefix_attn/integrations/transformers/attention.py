@@ -77,6 +77,12 @@ LAYOUT_RULES = frozenset(
 )
 
 
+RANGE = (
+    "has rotary frequencies that depend on the largest position of the batch, which no rank sees "
+    '(rope_type "dynamic" or "longrope")'
+)
+
+
 class MaskMaking(threading.local):
     """How this thread makes masks.
 
@@ -384,8 +390,11 @@ def _attend_packed(
             "dim). Caches are not supported. For slices of a row, as in sequence parallelism, pass "
             "prefix_layout=shard_rows(layout, group)"
         )
-    if isinstance(layout, PrefixLayout) and not torch.compiler.is_compiling():
-        _check_mixers(module, layout)
+    if not torch.compiler.is_compiling():
+        if isinstance(layout, RowShard):
+            _check_parts(module)
+        else:
+            _check_mixers(module, layout)
     if dropout:
         raise ValueError(
             f"{name} has attention dropout {dropout} in training, which shared prefixes do not "
@@ -453,6 +462,22 @@ def _check_mixers(module: torch.nn.Module, layout: PrefixLayout) -> None:
         raise NotImplementedError(
             f"{type(module).__name__} belongs to a model with {types} layers, which would ignore "
             "the prefix_layout: call prefix_attn.enable(model) first"
+        )
+
+
+def rope_reads_range(config: Any) -> bool:
+    """Whether the rotary frequencies depend on the largest position in the batch."""
+    text = repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    return "'dynamic'" in text or "'longrope'" in text
+
+
+def _check_parts(module: torch.nn.Module) -> None:
+    """Refuses the rows of one rank where a layer of the model needs them all."""
+    types = mixer_layers_of(module)
+    if types or rope_reads_range(getattr(module, "config", None)):
+        why = f"has {types} layers, which read a row in order" if types else RANGE
+        raise NotImplementedError(
+            f"{type(module).__name__} can't run under a RowShard: its model {why}"
         )
 
 

@@ -26,13 +26,15 @@ from prefix_attn.integrations.transformers.attention import (
     SDPA_NAME,
     LazyMask,
     PackedMask,
+    rope_reads_range,
     splits_rows,
 )
 from prefix_attn.integrations.transformers.blocks import blocks_of
 from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
 from prefix_attn.integrations.transformers.hooks import check_hooks
-from prefix_attn.integrations.transformers.refusals import is_causal_by_mask
+from prefix_attn.integrations.transformers.refusals import is_causal_by_mask, refuse_parts
 from prefix_attn.integrations.transformers.token_keywords import TokenKeywords
+from prefix_attn.shards import RowShard
 
 GENERATION = "past_key_values or use_cache=True"
 JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"
@@ -95,6 +97,8 @@ def find_packing(
                 "it was changed after enable, here or in a model with the same config object. Call "
                 "prefix_attn.enable(model) again"
             )
+        if isinstance(kwargs["prefix_layout"], RowShard):
+            refuse_parts(backbone)
         raise PassThroughError("the caller passes a prefix_layout")
     if generates(kwargs):
         raise PassThroughError(GENERATION)
@@ -301,12 +305,6 @@ def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: 
     if split is Split.NEVER:
         jumps = len(positions) == 1 and bool((positions[0].diff() != 1).any())
         raise PassThroughError(JUMPS_IN_CACHE if jumps else SINGLE)
-
-
-def rope_reads_range(config: Any) -> bool:
-    """Whether the rotary frequencies depend on the largest position in the batch."""
-    text = repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    return "'dynamic'" in text or "'longrope'" in text
 
 
 def built_masks(mask: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.transformers.calls import rope_reads_range
+from prefix_attn.integrations.transformers.attention import rope_reads_range
 from prefix_attn.integrations.transformers.mixers import find_mixers
 
 

@@ -10,7 +10,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import MIN_HEAD_DIM, max_head_dim
-from prefix_attn.integrations.transformers.attention import MIXER_LAYER_TYPES
+from prefix_attn.integrations.transformers.attention import (
+    MIXER_LAYER_TYPES,
+    RANGE,
+    rope_reads_range,
+)
 from prefix_attn.integrations.transformers.code_names import calls_attention, keeps_keys
 from prefix_attn.integrations.transformers.mixers.find import (
     GLOBAL_FUNCTIONS_SINCE,
@@ -112,6 +116,22 @@ def is_causal_by_mask(config: Any) -> bool:
     return config.model_type in PREFIX_LANGUAGE and bool(
         getattr(config, "use_bidirectional_attention", False)
     )
+
+
+def refuse_parts(backbone: PreTrainedModel) -> None:
+    """Raises if a model can't run some rows of a packed row, as one rank of several does.
+
+    Raises:
+        NotImplementedError: naming what is not supported.
+    """
+    reason = reads_rows_in_order(backbone)
+    if reason is None and rope_reads_range(backbone.config):
+        reason = f"it {RANGE}"
+    if reason is not None:
+        raise NotImplementedError(
+            f"{type(backbone).__name__} can't run some rows of a packed row, as each rank of a "
+            f"sequence-parallel group does: {reason}"
+        )
 
 
 def reads_rows_in_order(backbone: PreTrainedModel) -> str | None:

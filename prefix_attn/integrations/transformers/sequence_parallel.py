@@ -37,10 +37,9 @@ from prefix_attn.integrations.transformers.calls import (
     find_packing,
     layer_masks,
     plain_mask,
-    rope_reads_range,
     token_keywords_of,
 )
-from prefix_attn.integrations.transformers.refusals import reads_rows_in_order
+from prefix_attn.integrations.transformers.refusals import refuse_parts
 from prefix_attn.layout import PrefixLayout, outside_inference_mode
 from prefix_attn.shards import WAYS, RowExchange, RowShard
 
@@ -168,13 +167,12 @@ class SequenceParallel:
                 "sequence_parallel_group must be a ProcessGroup, such as mesh['sp'].get_group(), "
                 f"got {type(group).__name__}"
             )
-        reason = _why_not(backbone)
-        if reason is None and way == "heads":
-            reason = _why_not_heads(backbone.config, dist.get_world_size(group))
-        if reason is not None:
+        refuse_parts(backbone)
+        unshared = _why_not_heads(backbone.config, dist.get_world_size(group))
+        if unshared is not None and way == "heads":
             raise NotImplementedError(
-                f"prefix_attn can't enable {type(backbone).__name__} with a "
-                f"sequence_parallel_group: {reason}"
+                f"{type(backbone).__name__} can't run with sequence_parallel_way='heads': "
+                f"{unshared}"
             )
         return cls(group, inputs == "slices", way)
 
@@ -356,19 +354,6 @@ def _device_of(backbone: PreTrainedModel, call: dict[str, Any]) -> torch.device:
             device: torch.device = call[name].device
             return device
     return backbone.device
-
-
-def _why_not(backbone: PreTrainedModel) -> str | None:
-    """The reason why a model can't run some rows of a packed row, or None."""
-    reason = reads_rows_in_order(backbone)
-    if reason is not None:
-        return reason
-    if rope_reads_range(backbone.config):
-        return (
-            "its rotary frequencies depend on the largest position of the whole batch, which no "
-            'rank sees (rope_type "dynamic" or "longrope")'
-        )
-    return None
 
 
 def _why_not_heads(config: Any, ranks: int) -> str | None:
