@@ -4,8 +4,11 @@ TORCH := torch==2.13.0
 # --no-deps below.
 TRITON := triton==3.9.0
 OLD_TRITON := triton==3.6.0
+# What PyTorch 2.12 and 2.13 install with CUDA.
+CUDA_TRITON := triton==3.7.1
 VENV := .venv
 OLD_VENV := .venv-triton36
+CUDA_VENV := .venv-triton371
 HF_VENV := .venv-hf
 VERL_VENV := .venv-verl
 MEGATRON_VENV := .venv-megatron
@@ -14,6 +17,10 @@ OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
 	tests/test_options.py tests/test_policy_losses.py tests/test_testing.py
+# What the Triton between the two ends is held to: every kernel, option, dtype and way to load once.
+IN_BETWEEN := tests/interpreter/test_kernels.py::test_triton_matches_float64 \
+	tests/interpreter/test_kernels.py::test_triton_by_descriptors_matches_pointers \
+	tests/interpreter/test_options.py::test_triton_option_matches_float64
 PIP_FLAGS := -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -37,6 +44,13 @@ $(OLD_VENV)/.stamp: pyproject.toml
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) 'numpy<2.4' pytest pytest-xdist hypothesis
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
+	touch $@
+
+$(CUDA_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) numpy networkx pytest hypothesis
+	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(CUDA_TRITON)
 	touch $@
 
 # These two change every few weeks, and what they change decides about models: a new version is
@@ -97,11 +111,12 @@ lint: dev ## check style and format, write nothing
 type: dev ## check types
 	$(BIN)/mypy
 
-test: lint type $(OLD_VENV)/.stamp ## everything that CI runs
+test: lint type $(OLD_VENV)/.stamp $(CUDA_VENV)/.stamp ## everything that CI runs
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 \
 		--ignore=tests/interpreter --ignore=tests/integrations
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 	TRITON_INTERPRET=1 $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/interpreter
+	TRITON_INTERPRET=1 $(CUDA_VENV)/bin/python -m pytest -q $(IN_BETWEEN)
 	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q tests/test_machine_code.py \
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
 	$(MAKE) test-levels test-hf test-verl docs
@@ -181,6 +196,6 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) \
+	rm -rf $(VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) \
 		$(TRAINERS_VENV) $(OLDEST_VENV) \
 		build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

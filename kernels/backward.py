@@ -38,18 +38,20 @@ from prefix_attn.kernels.arguments import (
     row_floor,
     rule_row,
 )
-from prefix_attn.kernels.config import Config
+from prefix_attn.kernels.config import Config, suits_tma
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
     INTERPRETED,
     LOG2E,
     accumulator,
+    by_eights,
     entry_and_head,
-    load_full,
     load_masked,
+    load_tile,
     mode_of,
     scalar_argument,
     store_masked,
+    suits_eights,
     tanh,
     tile_descriptor,
     tile_ptrs,
@@ -60,11 +62,15 @@ DELTA_BLOCK_M = 64
 
 @triton.jit(do_not_specialize=["num_queries"])
 def delta_kernel(
-    out_rows, dout_rows, dlse_ptr, delta_ptr, num_queries,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, delta_ptr, lse_log2_ptr, num_queries,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_DLSE: tl.constexpr, ACC: tl.constexpr,
+    HAS_DLSE: tl.constexpr, ACC: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Delta of BLOCK_M queries of one query head, (Hq, Tq) as dLSE; grid (tiles, query heads)."""
+    """Delta, and the LSE in log2 units, of BLOCK_M queries of one query head.
+
+    They are (Hq, Tq), as dLSE is; grid (tiles, query heads).
+    """
+    out_rows, dout_rows = by_eights(out_rows, EIGHTS), by_eights(dout_rows, EIGHTS)
     row0 = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -84,6 +90,8 @@ def delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + flat, mask=mask_m, other=0.0)
     tl.store(delta_ptr + flat, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + flat, mask=mask_m, other=0.0)
+    tl.store(lse_log2_ptr + flat, lse * LOG2E, mask=mask_m)
 
 
 @triton.jit
@@ -102,7 +110,7 @@ def exponent_of(s, lse_log2, scale, softcap, MODE: tl.constexpr):
 
 @triton.jit
 def key_step(
-    q, do, k, v, lse_log2, delta, dk, dv, scale, softcap, rows, floor, keys,
+    q, do, k, v, lse_log2, delta_ptrs, dk, dv, scale, softcap, mask_m, rows, floor, keys,
     MASKED: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Adds one row tile to dK (without the scale) and dV; scores are [BLOCK_N, BLOCK_M]."""
@@ -118,6 +126,8 @@ def key_step(
     # [BLOCK_N, BLOCK_DV]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.precision, out_dtype=dv.dtype)
     # dS = P (dP - delta)                                                                (B5)
+    # Loaded as late as this, delta takes no registers while S and dP are there.
+    delta = tl.load(delta_ptrs, mask=mask_m, other=0.0) if MASKED else tl.load(delta_ptrs)
     ds = p * (dp - delta[None, :])
     if MODE.softcap:
         ds = ds * slope
@@ -131,7 +141,7 @@ def key_step(
 @triton.jit
 def add_to_queries(
     ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d,
-    D: tl.constexpr, DESCRIPTORS: tl.constexpr, MODE: tl.constexpr,
+    D: tl.constexpr, REDUCE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of one row tile to a sum (Tq, Hq, D) of dQ, without the scale, in any order."""
     # dQ += dS K                                                                         (B8)
@@ -142,8 +152,8 @@ def add_to_queries(
         dq = tl.trans(dq)
     else:
         dq = tl.dot(tl.trans(ds), k, input_precision=MODE.precision, out_dtype=MODE.acc)
-    if DESCRIPTORS:
-        dq_desc.atomic_add([row, head * D], dq)
+    if REDUCE:
+        dq_desc.atomic_add([row, head, 0], tl.reshape(dq, [dq.shape[0], 1, dq.shape[1]]))
     else:
         dq_ptrs = tile_ptrs(dq_rows, row, head, offs_m, offs_d)
         tl.atomic_add(dq_ptrs, dq, mask=mask_m[:, None] & (offs_d < D)[None, :], sem="relaxed")
@@ -151,12 +161,12 @@ def add_to_queries(
 
 @triton.jit
 def key_tile(
-    entry, kv_head,
-    q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
+    entry, kv_head, q_desc, do_desc,
+    q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
     dk_part_ptr, dv_part_ptr, rule_ptr, key_table,
     num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
-    SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of keys [col0, col1) of one KV head, or a partial sum of them."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -164,6 +174,7 @@ def key_tile(
     BLOCK_D: tl.constexpr = HEADS.block_d
     BLOCK_DV: tl.constexpr = HEADS.block_dv
     ACC: tl.constexpr = MODE.acc
+    MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
     item = key_item(key_table, entry)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -183,32 +194,36 @@ def key_tile(
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
 
-    for j in tl.range(0, HEADS.group * item.num_full, num_stages=TILE.num_stages):
-        head = kv_head * HEADS.group + j // item.num_full
-        i = j % item.num_full
+    # Index and head are carried: a division would stand between the products.
+    head = kv_head * HEADS.group
+    i = 0
+    for _ in tl.range(0, HEADS.group * item.num_full, num_stages=TILE.num_stages):
         row = tl.load(key_table.rows + item.full0 + i) if MODE.window else item.full0 + i * BLOCK_M
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-        q_ptrs = tile_ptrs(q_rows, row, head, offs_m, offs_d)
-        do_ptrs = tile_ptrs(dout_rows, row, head, offs_m, offs_dv)
-        q = load_full(q_ptrs, offs_d, HEADS.d)
-        do = load_full(do_ptrs, offs_dv, HEADS.dv)
-        # [BLOCK_M]
-        flat = head.to(tl.int64) * num_queries + row + offs_m
-        lse_log2 = tl.load(lse_ptr + flat) * LOG2E
-        delta = tl.load(delta_ptr + flat)
-        dk, dv, ds = key_step(
-            q, do, k, v, lse_log2, delta, dk, dv, scale, softcap, None, None, None, False, MODE
+        mask_m = offs_m < BLOCK_M
+        q = load_tile(
+            q_rows, q_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, False, DESCRIPTORS
         )
+        do = load_tile(
+            dout_rows, do_desc, row, head, mask_m, offs_m, offs_dv, HEADS.dv, False, DESCRIPTORS
+        )
+        # [BLOCK_M]
+        flat = head.to(tl.int64) * num_queries + row
+        lse_log2 = tl.load(lse_log2_ptr + flat + offs_m)
+        dk, dv, ds = key_step(
+            q, do, k, v, lse_log2, delta_ptr + flat + offs_m, dk, dv, scale, softcap,
+            mask_m, None, None, None, False, MODE,
+        )  # fmt: skip
         if FUSED:
             add_to_queries(
-                ds, k, dq_rows, dq_desc, row, head, offs_m < BLOCK_M, offs_m, offs_d,
-                HEADS.d, DESCRIPTORS, MODE,
-            )  # fmt: skip
+                ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
+            )
+        head, i = next_row_tile(head, i, item.num_full)
 
     keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
-    for j in tl.range(0, HEADS.group * item.num_masked, num_stages=1):
-        head = kv_head * HEADS.group + j // item.num_masked
-        i = j % item.num_masked
+    head = kv_head * HEADS.group
+    i = 0
+    for _ in tl.range(0, HEADS.group * item.num_masked, num_stages=MASKED_STAGES):
         if MODE.window:
             row = tl.load(key_table.rows + item.before0 + i)
         else:
@@ -225,23 +240,23 @@ def key_tile(
             rows = tl.load(rule_row(rule_ptr, num_keys, QUERY_ROW) + queries, mask=mask_m, other=-1)
         floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, MODE)
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-        q_ptrs = tile_ptrs(q_rows, row, head, offs_m, offs_d)
-        do_ptrs = tile_ptrs(dout_rows, row, head, offs_m, offs_dv)
-        q = load_masked(q_ptrs, mask_m, offs_d, HEADS.d)
-        do = load_masked(do_ptrs, mask_m, offs_dv, HEADS.dv)
+        q = load_tile(q_rows, q_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, True, DESCRIPTORS)
+        do = load_tile(
+            dout_rows, do_desc, row, head, mask_m, offs_m, offs_dv, HEADS.dv, True, DESCRIPTORS
+        )
         # [BLOCK_M]
         flat = head.to(tl.int64) * num_queries + queries
-        lse_log2 = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
+        lse_log2 = tl.load(lse_log2_ptr + flat, mask=mask_m, other=0.0)
         dk, dv, ds = key_step(
-            q, do, k, v, lse_log2, delta, dk, dv, scale, softcap, rows, floor, keys, True, MODE
-        )
+            q, do, k, v, lse_log2, delta_ptr + flat, dk, dv, scale, softcap,
+            mask_m, rows, floor, keys, True, MODE,
+        )  # fmt: skip
         if FUSED:
             # Rows that see no key of the tile get zeros.
             add_to_queries(
-                ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d,
-                HEADS.d, DESCRIPTORS, MODE,
-            )  # fmt: skip
+                ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
+            )
+        head, i = next_row_tile(head, i, item.num_masked)
 
     # dK = scale sum_h dS^T Q                                                            (B7)
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
@@ -258,6 +273,13 @@ def key_tile(
         dv_part_ptrs = part_ptrs(dv_part_ptr, part, offs_n, offs_dv, HEADS.dv)
         store_masked(dk_part_ptrs, dk, mask_n, offs_d, HEADS.d)
         store_masked(dv_part_ptrs, dv, mask_n, offs_dv, HEADS.dv)
+
+
+@triton.jit
+def next_row_tile(head, i, count):
+    """Row tile i of `count` of a query head, one further: the first one of the next head last."""
+    is_last = i + 1 == count
+    return tl.where(is_last, head + 1, head), tl.where(is_last, 0, i + 1)
 
 
 @triton.jit
@@ -291,10 +313,10 @@ def query_step(
 
 @triton.jit
 def query_tile(
-    entry, head,
-    q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_rows, rule_ptr, query_table,
+    entry, head, k_desc, v_desc,
+    q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, rule_ptr, query_table,
     num_queries, num_keys, scale, softcap, window_size,
-    HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dQ of rows [row0, row1) of one query head; the key tiles of the forward pass."""
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -302,6 +324,7 @@ def query_tile(
     BLOCK_D: tl.constexpr = HEADS.block_d
     BLOCK_DV: tl.constexpr = HEADS.block_dv
     ACC: tl.constexpr = MODE.acc
+    MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
     item = query_item(query_table, entry)
 
     kv_head = head // HEADS.group
@@ -321,7 +344,7 @@ def query_tile(
     do = load_masked(do_ptrs, mask_m, offs_dv, HEADS.dv)
     # [BLOCK_M]
     flat = head.to(tl.int64) * num_queries + item.query0 + offs_m
-    lse_log2 = tl.load(lse_ptr + flat, mask=mask_m, other=0.0) * LOG2E
+    lse_log2 = tl.load(lse_log2_ptr + flat, mask=mask_m, other=0.0)
     delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
     # [BLOCK_M, BLOCK_D]
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -329,27 +352,32 @@ def query_tile(
     for j in tl.range(0, item.num_listed + item.num_own, num_stages=TILE.num_stages):
         col = full_column(query_table, item, j, BLOCK_N)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        k_ptrs = tile_ptrs(k_rows, col, kv_head, offs_n, offs_d)
-        v_ptrs = tile_ptrs(v_rows, col, kv_head, offs_n, offs_dv)
-        k = load_full(k_ptrs, offs_d, HEADS.d)
-        v = load_full(v_ptrs, offs_dv, HEADS.dv)
+        mask_n = offs_n < BLOCK_N
+        k = load_tile(
+            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, False, DESCRIPTORS
+        )
+        v = load_tile(
+            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, False, DESCRIPTORS
+        )
         dq = query_step(
             q, do, k, v, lse_log2, delta, dq, scale, softcap, None, None, None, False, MODE
         )
 
     # [BLOCK_M]
     floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, MODE)
-    for j in tl.range(0, item.num_masked, num_stages=1):
+    for j in tl.range(0, item.num_masked, num_stages=MASKED_STAGES):
         col, col_end = masked_column(query_table, item, j)
         # [BLOCK_N]
         cols = col + offs_n
         mask_n = cols < col_end
         keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        k_ptrs = tile_ptrs(k_rows, col, kv_head, offs_n, offs_d)
-        v_ptrs = tile_ptrs(v_rows, col, kv_head, offs_n, offs_dv)
-        k = load_masked(k_ptrs, mask_n, offs_d, HEADS.d)
-        v = load_masked(v_ptrs, mask_n, offs_dv, HEADS.dv)
+        k = load_tile(
+            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, True, DESCRIPTORS
+        )
+        v = load_tile(
+            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, True, DESCRIPTORS
+        )
         dq = query_step(
             q, do, k, v, lse_log2, delta, dq, scale, softcap, rows, floor, keys, True, MODE
         )
@@ -367,35 +395,42 @@ def query_tile(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
+    q_desc, do_desc, k_desc, v_desc,
+    q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
     dk_part_ptr, dv_part_ptr, rule_ptr, order_ptr, key_table, query_table,
     num_queries, num_keys, num_key_items, num_entries, num_kv_heads, heads_per_section,
     scale, softcap, window_size,
     HEADS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, MODE: tl.constexpr,
-    SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One entry of `order`: a key tile of one KV head, or a query tile of one of its query heads.
 
-    lse_ptr and delta_ptr are (Hq, Tq); the partial sums (slots, Hkv, BLOCK_N, D) and DV; KEYS and
+    lse_log2_ptr and delta_ptr are (Hq, Tq), partial sums (slots, Hkv, BLOCK_N, D) and DV; KEYS and
     QUERIES are the tiles of the two kinds. With FUSED there are key tiles only, and dq_rows, for
-    TMA dq_desc, are a sum that they add to.
+    TMA dq_desc, are a sum that they add to. The other descriptors are read with DESCRIPTORS.
     """
+    q_rows, dout_rows = by_eights(q_rows, EIGHTS), by_eights(dout_rows, EIGHTS)
+    k_rows, v_rows = by_eights(k_rows, EIGHTS), by_eights(v_rows, EIGHTS)
+    dk_rows, dv_rows = by_eights(dk_rows, EIGHTS), by_eights(dv_rows, EIGHTS)
+    dq_rows = by_eights(dq_rows, EIGHTS)
     entry, kv_head = entry_and_head(tl.program_id(0), num_entries, heads_per_section)
     item = tl.load(order_ptr + 2 * entry)
     if FUSED or item < num_key_items:
         key_tile(
-            item, kv_head,
-            q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_rows, dq_desc,
+            item, kv_head, q_desc, do_desc,
+            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc,
             dk_rows, dv_rows, dk_part_ptr, dv_part_ptr, rule_ptr, key_table,
             num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
-            HEADS, KEYS, MODE, SUBSET, FUSED, DESCRIPTORS,
+            HEADS, KEYS, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE,
         )  # fmt: skip
     else:
         head = kv_head * HEADS.group + tl.load(order_ptr + 2 * entry + 1)
         query_tile(
-            item - num_key_items, head,
-            q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_rows, rule_ptr, query_table,
-            num_queries, num_keys, scale, softcap, window_size, HEADS, QUERIES, MODE,
+            item - num_key_items, head, k_desc, v_desc,
+            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows,
+            rule_ptr, query_table,
+            num_queries, num_keys, scale, softcap, window_size, HEADS, QUERIES, MODE, DESCRIPTORS,
         )  # fmt: skip
 
 
@@ -483,18 +518,21 @@ def launch_backward(
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
 
-    delta = torch.empty_like(lse)
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     delta_kernel[(triton.cdiv(num_queries, DELTA_BLOCK_M), num_heads)](
         out_rows=Rows.of(out),
         dout_rows=Rows.of(dout),
+        lse_ptr=lse,
         dlse_ptr=lse if dlse is None else dlse,
         delta_ptr=delta,
+        lse_log2_ptr=lse_log2,
         num_queries=num_queries,
         DV=heads.dv,
         BLOCK_DV=heads.block_dv,
         BLOCK_M=DELTA_BLOCK_M,
         HAS_DLSE=dlse is not None,
         ACC=mode.acc,
+        EIGHTS=suits_eights(heads, out, dout),
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -504,18 +542,24 @@ def launch_backward(
     section = config.heads_per_section(num_kv_heads, head_bytes * (heads.d + heads.dv))
     part_shape = (tables.num_slots, num_kv_heads, config.keys.block_n)
     dq_sum = q.new_zeros(q.shape, dtype=acc) if fused else dq
-    descriptors = fused and not INTERPRETED
+    descriptors = config.backward_descriptors and suits_tma(heads.d, heads.dv, q.itemsize)
+    # The interpreter knows no sums by descriptor.
+    reduce = fused and not INTERPRETED
     dk_part = k.new_empty(*part_shape, heads.d, dtype=acc)
     dv_part = v.new_empty(*part_shape, heads.dv, dtype=acc)
     backward_kernel[(tables.order.shape[0] * num_kv_heads,)](
+        q_desc=tile_descriptor(q, config.keys.block_m) if descriptors else q,
+        do_desc=tile_descriptor(dout, config.keys.block_m) if descriptors else dout,
+        k_desc=tile_descriptor(k, config.queries.block_n) if descriptors else k,
+        v_desc=tile_descriptor(v, config.queries.block_n) if descriptors else v,
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
         dout_rows=Rows.of(dout),
-        lse_ptr=lse,
+        lse_log2_ptr=lse_log2,
         delta_ptr=delta,
         dq_rows=Rows.of(dq_sum),
-        dq_desc=tile_descriptor(dq_sum, config.keys.block_m) if descriptors else dq_sum,
+        dq_desc=tile_descriptor(dq_sum, config.keys.block_m) if reduce else dq_sum,
         dk_rows=Rows.of(dk),
         dv_rows=Rows.of(dv),
         dk_part_ptr=dk_part,
@@ -540,6 +584,8 @@ def launch_backward(
         SUBSET=num_queries < num_keys,
         FUSED=fused,
         DESCRIPTORS=descriptors,
+        REDUCE=reduce,
+        EIGHTS=suits_eights(heads, q, k, v, dout, dq_sum, dk, dv),
         num_warps=config.backward_warps,
         enable_fp_fusion=True,
     )

@@ -39,7 +39,9 @@ class Config:
         backward_warps: warps of the backward kernel, which runs both kinds.
         processors: multiprocessors, for the balance of the work lists.
         l2_bytes: second-level cache, for the order in which heads are run.
-        forward_descriptors: whether the forward kernel loads K and V by TMA.
+        forward_descriptors: whether the forward kernel loads K and V by TMA, if `suits_tma`.
+        backward_descriptors: whether the backward kernel loads Q, dO, K and V so.
+        forward_registers: the most that a thread of the forward kernel may have, if it is limited.
         fused: tile of the backward programs that own keys where these add up dQ too, if that pays.
         softcap_window: tile of the backward programs that own keys under a softcap and a window at
             once, if `keys` is too large for that.
@@ -52,6 +54,8 @@ class Config:
     backward_warps: int
     processors: int
     forward_descriptors: bool = False
+    backward_descriptors: bool = False
+    forward_registers: int | None = None
     fused: Tile | None = None
     softcap_window: Tile | None = None
     l2_bytes: int = 50 << 20
@@ -79,8 +83,15 @@ INTERPRETER = Config(
     processors=4,
     fused=Tile(16, 32),
     softcap_window=Tile(32, 32),
+    forward_descriptors=True,
+    backward_descriptors=True,
     l2_bytes=1 << 14,
 )
+
+
+def suits_tma(head_dim: int, head_dim_v: int, itemsize: int) -> bool:
+    """Whether TMA can address heads of these sizes: in steps of 16 bytes."""
+    return head_dim * itemsize % 16 == 0 and head_dim_v * itemsize % 16 == 0
 
 
 def why_no_tiles(capability: int | None = None, amd: str | None = None) -> str | None:
@@ -127,8 +138,7 @@ def select_config(
         return _small(head_dim, processors)
     if capability < 90:
         return _ampere(head_dim, processors)
-    # A descriptor's tile is as wide as a head: no padding to a power of two.
-    descriptors = dims <= {64, 128}
+    descriptors = suits_tma(min(dims), max(dims), dtype.itemsize)
     return _hopper(head_dim, processors, capability < 100, descriptors)
 
 
@@ -179,23 +189,43 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
         # Two blocks of the forward fit; 8 warps leave room for one. The fused backward has five
         # products instead of seven in the same tiles.
         config = Config(Tile(128, 64, 5), 4, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
-        return replace(config, fused=Tile(64, 128)) if descriptors else config
+        if descriptors:
+            return replace(
+                config,
+                keys=Tile(64, 128),
+                fused=Tile(64, 128),
+                forward_descriptors=True,
+                backward_descriptors=True,
+            )
+        return config
     if head_dim <= 128:
-        # Forward: 128x128 spills, and with 4 warps 128x64 does. By TMA on sm_90 128x128 spills only
-        # outside of its full loop, which then takes fewer clocks per key.
-        # Backward: 64x64 keys spill more and compute half of S and dP twice. TMA there spills less
-        # on Triton 3.6 and more on 3.9.
-        # Fused: 64x128 keys spill in the full loop, too. On sm_100 tensor memory is too small.
+        # Forward: with pointers 128x128 spills, and with 4 warps 128x64 does. By TMA 128x128 takes
+        # fewer clocks per key.
+        # Backward: 64x64 keys spill more and compute half of S and dP twice.
+        # Fused: on sm_100 tensor memory is too small.
         # A softcap with a window: 64x128 keys spill in the full loop, too, 32x128 keys nowhere. On
         # sm_100 the former spill outside of it only.
         config = Config(Tile(128, 64, 5), 8, Tile(64, 128, 3), Tile(128, 64, 5), 8, processors)
         if is_hopper:
             config = replace(config, softcap_window=Tile(32, 128))
-        if not (is_hopper and descriptors):
-            return config
+        if descriptors:
+            config = replace(
+                config,
+                forward=Tile(128, 128),
+                keys=Tile(64, 128),
+                forward_descriptors=True,
+                backward_descriptors=True,
+            )
+        return replace(config, fused=Tile(64, 128)) if is_hopper and descriptors else config
+    # The backward spills, but not in dK and dV's full loop; 64x64 keys spill far more.
+    config = Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
+    if is_hopper and descriptors:
+        # With pointers 128x64 spills in the forward, and so do 64x64 queries.
         return replace(
-            config, forward=Tile(128, 128), forward_descriptors=True, fused=Tile(32, 128)
+            config,
+            forward=Tile(128, 64),
+            queries=Tile(64, 64),
+            forward_descriptors=True,
+            backward_descriptors=True,
         )
-    # 128x64 spills in the forward. The backward spills, but not in dK and dV's full loop; 64x64
-    # spills far more.
-    return Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
+    return config

@@ -27,20 +27,22 @@ from prefix_attn.kernels.arguments import (
     query_item,
     row_floor,
 )
-from prefix_attn.kernels.config import Config
+from prefix_attn.kernels.config import Config, suits_tma
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
     LN2,
     LOG2E,
     accumulator,
+    by_eights,
     entry_and_head,
-    load_full,
     load_masked,
+    load_tile,
     log2_scale,
     mode_of,
     scalar_argument,
     softmax_step,
     store_masked,
+    suits_eights,
     tanh,
     tile_descriptor,
     tile_ptrs,
@@ -56,6 +58,7 @@ def forward_kernel(
     num_queries, num_keys, num_items, heads_per_section, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr, SINKS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """O and LSE of one query tile of one query head.
 
@@ -67,6 +70,9 @@ def forward_kernel(
     BLOCK_D: tl.constexpr = HEADS.block_d
     BLOCK_DV: tl.constexpr = HEADS.block_dv
     ACC: tl.constexpr = MODE.acc
+    MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
+    q_rows, out_rows = by_eights(q_rows, EIGHTS), by_eights(out_rows, EIGHTS)
+    k_rows, v_rows = by_eights(k_rows, EIGHTS), by_eights(v_rows, EIGHTS)
     entry, head = entry_and_head(tl.program_id(0), num_items, heads_per_section)
     kv_head = head // HEADS.group
     item = query_item(query_table, entry)
@@ -105,11 +111,10 @@ def forward_kernel(
     for j in tl.range(0, item.num_listed + item.num_own, num_stages=TILE.num_stages):
         col = full_column(query_table, item, j, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
-        if DESCRIPTORS:
-            k = k_desc.load([col, kv_head * HEADS.d])
-        else:
-            k_ptrs = tile_ptrs(k_rows, col, kv_head, offs_n, offs_d)
-            k = load_full(k_ptrs, offs_d, HEADS.d)
+        k = load_tile(
+            k_rows, k_desc, col, kv_head, offs_n < BLOCK_N, offs_n, offs_d,
+            HEADS.d, False, DESCRIPTORS,
+        )  # fmt: skip
         # S = Q K^T                                                                      (F1)
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k), input_precision=MODE.precision, out_dtype=ACC)
@@ -117,16 +122,15 @@ def forward_kernel(
             # S = c tanh(scale Q K^T / c)                                               (F1')
             s = cap_log2 * tanh(s * cap_scale, MODE.accurate)
         # [BLOCK_N, BLOCK_DV]
-        if DESCRIPTORS:
-            v = v_desc.load([col, kv_head * HEADS.dv])
-        else:
-            v_ptrs = tile_ptrs(v_rows, col, kv_head, offs_n, offs_dv)
-            v = load_full(v_ptrs, offs_dv, HEADS.dv)
+        v = load_tile(
+            v_rows, v_desc, col, kv_head, offs_n < BLOCK_N, offs_n, offs_dv,
+            HEADS.dv, False, DESCRIPTORS,
+        )  # fmt: skip
         acc, l_i, m_i = softmax_step(s, v, acc, l_i, m_i, scale_log2, MODE)
 
     # [BLOCK_M]
     floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, MODE)
-    for j in tl.range(0, item.num_masked, num_stages=1):
+    for j in tl.range(0, item.num_masked, num_stages=MASKED_STAGES):
         col, col_end = masked_column(query_table, item, j)
         # [BLOCK_N]
         cols = col + offs_n
@@ -134,19 +138,17 @@ def forward_kernel(
         # Keys past col_end belong to other tiles: no row sees them here.
         keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
         # [BLOCK_N, BLOCK_D]
-        if DESCRIPTORS:
-            # Keys of other tiles are masked below; values have to be zero where they are.
-            k = k_desc.load([col, kv_head * HEADS.d])
-        else:
-            k_ptrs = tile_ptrs(k_rows, col, kv_head, offs_n, offs_d)
-            k = load_masked(k_ptrs, mask_n, offs_d, HEADS.d)
+        k = load_tile(
+            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, True, DESCRIPTORS
+        )
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k), input_precision=MODE.precision, out_dtype=ACC)
         s = cap_log2 * tanh(s * cap_scale, MODE.accurate) if MODE.softcap else s * scale_log2
         s = forbid(s, rows, floor, keys, MODE, False)
         # [BLOCK_N, BLOCK_DV]
-        v_ptrs = tile_ptrs(v_rows, col, kv_head, offs_n, offs_dv)
-        v = load_masked(v_ptrs, mask_n, offs_dv, HEADS.dv)
+        v = load_tile(
+            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, True, DESCRIPTORS
+        )
         acc, l_i, m_i = softmax_step(s, v, acc, l_i, m_i, 1.0, MODE)
 
     # O = O' / l,  LSE = ln 2 (m + log2 l)                                               (F5)
@@ -200,7 +202,8 @@ def launch_forward(
     heads = Heads.of(q, k, v)
     out = q.new_empty(num_queries, num_heads, heads.dv)
     lse = q.new_empty(num_heads, num_queries, dtype=accumulator(q.dtype))
-    descriptors = config.forward_descriptors
+    descriptors = config.forward_descriptors and suits_tma(heads.d, heads.dv, q.itemsize)
+    limit = {} if config.forward_registers is None else {"maxnreg": config.forward_registers}
     num_items = tables.items.shape[0]
     section = config.heads_per_section(num_kv_heads, num_keys * (heads.d + heads.dv) * k.itemsize)
     forward_kernel[(num_items * num_heads,)](
@@ -227,7 +230,9 @@ def launch_forward(
         NEGATIVE_SCALE=options.scale < 0 and options.softcap is None,
         SINKS=sinks is not None,
         DESCRIPTORS=descriptors,
+        EIGHTS=suits_eights(heads, q, k, v, out),
         num_warps=config.forward_warps,
+        **limit,
         enable_fp_fusion=True,
     )
     return out, lse

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prefix_attn.kernels.arguments import Mode
+from prefix_attn.kernels.arguments import Heads, Mode, Rows, padded_dim
 from prefix_attn.kernels.options import Options
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,6 +24,18 @@ def entry_and_head(pid, num_entries, heads_per_section):
     section = pid // (num_entries * heads_per_section)
     within = pid % (num_entries * heads_per_section)
     return within // heads_per_section, section * heads_per_section + within % heads_per_section
+
+
+@triton.jit
+def by_eights(x, EIGHTS: tl.constexpr):
+    """Rows whose strides the compiler knows to be multiples of 8, if EIGHTS says so.
+
+    By itself it knows only multiples of 16, and loads element by element what is none.
+    """
+    if EIGHTS:
+        return Rows(x.ptr, x.stride_t // 8 * 8, x.stride_h // 8 * 8)
+    else:
+        return x
 
 
 @triton.jit
@@ -50,6 +62,27 @@ def load_masked(ptrs, mask_row, offs_d, D: tl.constexpr):
         return tl.load(ptrs, mask=mask_row[:, None], other=0.0)
     else:
         return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    x, desc, row, head, mask_row, offs_row, offs_d,
+    D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Loads rows [row + offs_row] of one head of x, by TMA from desc with DESCRIPTORS.
+
+    With MASKED, rows outside of mask_row are zero, by TMA whatever x holds there. Columns behind D
+    and rows behind the last one of x are zero in any case.
+    """
+    # [ROWS, BLOCK_D]
+    if DESCRIPTORS:
+        return tl.reshape(desc.load([row, head, 0]), [offs_row.shape[0], offs_d.shape[0]])
+    else:
+        ptrs = tile_ptrs(x, row, head, offs_row, offs_d)
+        if MASKED:
+            return load_masked(ptrs, mask_row, offs_d, D)
+        else:
+            return load_full(ptrs, offs_d, D)
 
 
 @triton.jit
@@ -135,9 +168,29 @@ def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:
     return tl.constexpr(value) if dtype == torch.float64 else value
 
 
+def suits_eights(heads: Heads, *tensors: torch.Tensor) -> bool:
+    """Whether `by_eights` helps: 16-bit rows of 16 bytes, of which 32 bytes are no multiple."""
+    if not heads.d % 16 and not heads.dv % 16:
+        return False
+    return all(
+        x.itemsize == 2 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+        for x in tensors
+        if x.dtype == tensors[0].dtype
+    )
+
+
 def tile_descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
-    """Describes (T, H, D) to TMA as (T, H * D), in tiles of block_rows rows of one head."""
-    return TensorDescriptor.from_tensor(rows_for_tma(x), [block_rows, x.shape[2]])
+    """Describes (T, H, D) to TMA, in tiles of block_rows rows of one head; columns are padded."""
+    return TensorDescriptor.from_tensor(for_tma(x), [block_rows, 1, padded_dim(x.shape[2])])
+
+
+def for_tma(x: torch.Tensor) -> torch.Tensor:
+    """(T, H, D) as TMA addresses it: a copy where rows or heads overlap or lie across 16 bytes."""
+    unit = 16 // x.itemsize
+    row, head, _ = x.stride()
+    aligned = x.data_ptr() % 16 == 0 and row % unit == 0 and head % unit == 0
+    apart = row >= x.shape[2] and head >= x.shape[2]
+    return x if aligned and apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def rows_for_tma(x: torch.Tensor) -> torch.Tensor:

@@ -220,6 +220,10 @@ def test_candidates_begin_with_the_present_configuration_and_launch_something_el
     assert len(found) == len(labels) >= 8
     if tuned == "forward":
         assert {config.forward_descriptors for config in found} == {True, False}
+        # Two blocks of eight warps, and four warps on tiles as large.
+        assert {"128x32 s3 w8 r128 TMA", "128x64 s2 w4 TMA", "128x64 s2 w4"} <= labels
+    if tuned == "backward":
+        assert {config.backward_descriptors for config in found} == {True, False}
     if tuned == tune.FUSED:  # what the backward launches where the order is free
         launched = {config.keys_for(fused=True, softcap_window=False) for config in found}
         assert len(launched) == len(found)
@@ -312,14 +316,16 @@ def test_sweep_on_hopper_tries_loads_by_descriptor(fake_hopper):
     session = Session(fake_hopper, dry=False, clock=Clock(torch.device("cpu")))
     for arguments, words in (
         (["--kernel", "forward"], {"TMA"}),
-        (["--kernel", "forward", "--case", "6,4,2,2,1,80"], set()),
+        (["--kernel", "forward", "--case", "6,4,2,2,1,80"], {"TMA"}),
+        (["--kernel", "forward", "--case", "6,4,2,2,1,84"], set()),  # 168 bytes a head
+        (["--kernel", "backward"], {"TMA"}),
         (["--kernel", "backward", "--mode", "deterministic=False"], set()),
     ):
         found = tune.units(session, gpu.parse(arguments))
         assert len({unit.key for unit in found}) == len(found) >= 8
         assert {"TMA" for unit in found if unit.key.endswith("TMA")} == words
     with pytest.raises(SystemExit, match="no tile of its own to sweep here"):
-        tune.units(session, gpu.parse([*arguments, "--case", "6,4,2,2,1,80"]))
+        tune.units(session, gpu.parse([*arguments, "--case", "6,4,2,2,1,84"]))
 
 
 def test_facts_of_a_gpu_name_it_and_its_driver(fake_hopper, tmp_path, monkeypatch):

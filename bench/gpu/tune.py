@@ -21,9 +21,10 @@ from bench.providers import MODES, OURS, PROVIDERS, Problem, Provider
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.backends import tuning
 from prefix_attn.cases import Case
-from prefix_attn.kernels.config import Config, Tile, select_config
+from prefix_attn.kernels.config import Config, Tile, select_config, suits_tma
 from prefix_attn.timing import Quantiles
 
+TWO_BLOCKS = 128  # registers of a thread with which two blocks of eight warps fit
 FUSED = "fused backward"  # what a backward sweep tunes where the order of sums is free
 CASE = "8192,512,16,32,8,128"
 DRY_CASE = "6,4,2,2,1,16"
@@ -69,7 +70,7 @@ def candidates(
         tuned: a key of `tuning.TUNED`.
         present: what the package launches.
         dry: one other is enough.
-        descriptors: whether the forward kernel may load by TMA.
+        descriptors: whether the kernels may load by TMA.
     """
     found = []
     if dry:
@@ -78,11 +79,17 @@ def candidates(
         if present.fused is not None:
             found = [replace(x, fused=small) for x in found]
     elif tuned == "forward":
-        loads = (False, True) if descriptors else (present.forward_descriptors,)
+        loads = (False, True) if descriptors else (False,)
         sizes = product((64, 128), (32, 64, 128), (2, 3, 4, 5), (4, 8), loads)
         for m, n, stages, warps, by_descriptor in sizes:
             config = replace(present, forward=Tile(m, n, stages), forward_warps=warps)
             found.append(replace(config, forward_descriptors=by_descriptor))
+        # Two blocks fit, and nothing spills.
+        found += [
+            replace(x, forward_registers=TWO_BLOCKS)
+            for x in found
+            if (x.forward.block_m, x.forward.block_n, x.forward_warps) == (128, 32, 8)
+        ]
     elif tuned == FUSED:
         # The warps are those of the other backward, whose sweep decides about them.
         for m, n, stages in product((32, 64), (64, 128), (2, 3)):
@@ -91,12 +98,14 @@ def candidates(
         keys = [Tile(m, n, s) for m, n in ((32, 128), (64, 64), (64, 128)) for s in (2, 3)]
         shapes = ((64, 32), (64, 64), (128, 32), (128, 64))
         queries = [Tile(m, n, s) for m, n in shapes for s in (2, 3, 5)]
-        for key, query, warps in product(keys, queries, (4, 8)):
-            found.append(replace(present, keys=key, queries=query, backward_warps=warps))
+        loads = (False, True) if descriptors else (False,)
+        for key, query, warps, by_descriptor in product(keys, queries, (4, 8), loads):
+            config = replace(present, keys=key, queries=query, backward_warps=warps)
+            found.append(replace(config, backward_descriptors=by_descriptor))
 
     def numbers(config: Config) -> list[object]:
         values = [getattr(config, name) for name in tuning.TUNED[tuned]]
-        tiles = [astuple(x) if isinstance(x, Tile) else (x,) for x in values]
+        tiles = [astuple(x) if isinstance(x, Tile) else (x or 0,) for x in values]
         return [number for tile in tiles for number in tile]
 
     def changes(config: Config) -> int:
@@ -111,8 +120,11 @@ def label(tuned: str, config: Config) -> str:
     values = [getattr(config, name) for name in tuning.TUNED[tuned]]
     tiles = [x for x in values if isinstance(x, Tile)]
     warps = config.forward_warps if tuned == "forward" else config.backward_warps
-    tma = " TMA" if tuned == "forward" and config.forward_descriptors else ""
-    return f"{' + '.join(map(str, tiles))} w{warps}{tma}"
+    descriptors = {"forward": config.forward_descriptors, "backward": config.backward_descriptors}
+    tma = " TMA" if descriptors.get(tuned) else ""
+    limited = tuned == "forward" and config.forward_registers is not None
+    registers = f" r{config.forward_registers}" if limited else ""
+    return f"{' + '.join(map(str, tiles))} w{warps}{registers}{tma}"
 
 
 def units(session: Session, args: argparse.Namespace) -> list[Unit]:
@@ -127,7 +139,9 @@ def units(session: Session, args: argparse.Namespace) -> list[Unit]:
     tuned: str = args.tuned
     if tuned == FUSED and present.fused is None:
         raise SystemExit(f"{case.label}: deterministic=False has no tile of its own to sweep here")
-    descriptors = _capability(session.device) == 90 and case.head_dim in (64, 128)
+    # Consumer Blackwell has TMA, but not the shared memory for these tiles.
+    has_tma = 90 <= _capability(session.device) < 120
+    descriptors = has_tma and suits_tma(case.head_dim, case.head_dim, case.torch_dtype.itemsize)
     seconds = 0.0 if session.dry else CANDIDATE_SECONDS
     prefix = f"tune/{args.kernel}/{case.label} {case.dtype} {args.mode or 'plain'}"
     found = []

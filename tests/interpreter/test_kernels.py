@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from triton.runtime.interpreter import TensorDescHandle
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends import triton as triton_backend
+from prefix_attn.kernels.config import INTERPRETER, Tile
 from prefix_attn.testing import (
     Inputs,
     assert_all,
@@ -79,23 +81,48 @@ def test_triton_takes_the_largest_scale_without_nan(scale, softcap):
         assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", [GROUPS, TREE], ids=["groups", "tree"])
-@pytest.mark.parametrize("fused", [False, True], ids=["own tensors", "views that are copied"])
-def test_triton_by_descriptors_matches_pointers(layout, fused, monkeypatch):
-    """The loads of the sm_90 forward; tiles stick out past the last key and into neighbours."""
-    from prefix_attn.kernels.config import INTERPRETER
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "own tensors": lambda x: x,
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "one of three": lambda x: torch.stack([x, x, x], dim=2)[:, :, 1],
+    "off by 8 bytes": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    "rows overlap": lambda x: x[:1].expand_as(x),
+}
 
-    inputs = Inputs.random(layout, dims=(32, 64))
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if fused:
-        k, v = (torch.stack([x, x], dim=2)[:, :, 0] for x in (k, v))
-        assert not k.is_contiguous()
-    with_pointers = prefix_attention(q, k, v, layout, return_lse=True, backend="triton")
-    config = replace(INTERPRETER, forward_descriptors=True)
-    monkeypatch.setattr(triton_backend, "config_for", lambda q, v: config)
-    by_descriptors = prefix_attention(q, k, v, layout, return_lse=True, backend="triton")
-    for a, b in zip(by_descriptors, with_pointers, strict=True):
-        assert torch.equal(a, b)
+
+@pytest.mark.parametrize("layout", [GROUPS, TREE], ids=["groups", "tree"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_triton_by_descriptors_matches_pointers(layout, view, monkeypatch):
+    """Tiles stick out past the last key and into neighbours, and heads of 24 are padded to 32."""
+    inputs = Inputs.random(layout, (4, 2), (24, 64), torch.float64)
+    results = []
+    for descriptors in (True, False):
+        config = replace(
+            INTERPRETER, forward_descriptors=descriptors, backward_descriptors=descriptors
+        )
+        monkeypatch.setattr(triton_backend, "config_for", lambda q, v, config=config: config)
+        leaves = [view(x).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = prefix_attention(*leaves, layout, backend="triton")
+        results.append((out, *torch.autograd.grad(out, leaves, view(inputs.dout))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_triton_loads_by_descriptors_where_they_can_address_the_heads(monkeypatch):
+    """In the interpreter, too, whose configuration asks for them."""
+    loads = []
+    load = TensorDescHandle.__init__
+
+    def counted(self, *arguments):
+        loads.append(1)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(TensorDescHandle, "__init__", counted)
+    _check(SPLIT, 2, 1, 16, 16, torch.float32)
+    assert len(loads) > 0
+    loads.clear()
+    _check(SPLIT, 2, 1, 15, 16, torch.float32)
+    assert len(loads) == 0
 
 
 @pytest.mark.parametrize(
@@ -155,8 +182,6 @@ def test_triton_gradients_have_the_same_bits_from_run_to_run():
 @pytest.mark.parametrize("block_m", [16, 64])
 def test_triton_adds_up_dq_either_way_round(block_m, monkeypatch):
     """Row tiles below and from 64 on multiply K^T dS^T and dS K."""
-    from prefix_attn.kernels.config import INTERPRETER, Tile
-
     config = replace(INTERPRETER, fused=Tile(block_m, 32))
     monkeypatch.setattr(triton_backend, "config_for", lambda q, v: config)
     monkeypatch.setattr(triton_backend, "_any_order", lambda options: True)
