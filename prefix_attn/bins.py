@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from prefix_attn.checks import int_array, shown
 from prefix_attn.forest import Forest
-from prefix_attn.layout import int_array, shown
 from prefix_attn.radix import find_prefixes
 
 

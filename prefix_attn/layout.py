@@ -10,7 +10,6 @@ What follows from lengths and parents is computed on the host, in `prefix_attn.f
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefix_attn.checks import bool_array, int_array, is_list, shown
 from prefix_attn.forest import HAS_QUERIES, SEES_ITSELF, Forest
 from prefix_attn.radix import find_prefixes
 
 INT32_MAX = 2**31 - 1
-INT64_MAX = 2**63 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DRAWN_TOKENS = 64
 # A tensor that is made in inference mode can't be saved for a backward pass, ever; a layout that
@@ -100,7 +99,7 @@ class PrefixLayout:
             (12, 2, 3)
         """
         prefixes = int_array("prefix_lens", prefix_lens)
-        if not _is_list(suffix_lens):
+        if not is_list(suffix_lens):
             raise ValueError(
                 "suffix_lens must be a sequence of sequences of lengths, one per group, got "
                 f"{type(suffix_lens).__name__}"
@@ -149,7 +148,7 @@ class PrefixLayout:
         """
         length_array = int_array("lengths", lengths)
         parent_array = int_array("parents", parents, least=-1)
-        whole = None if bidirectional is None else _bool_array("bidirectional", bidirectional)
+        whole = None if bidirectional is None else bool_array("bidirectional", bidirectional)
         return cls._from_forest(Forest.from_tree(length_array, parent_array, whole), device)
 
     @classmethod
@@ -417,7 +416,7 @@ class PrefixLayout:
             ValueError: if the number of sequences or the length of one is wrong, or they differ in
                 device or further dimensions.
         """
-        if not _is_list(sequences) and not (isinstance(sequences, Tensor) and sequences.dim()):
+        if not is_list(sequences) and not (isinstance(sequences, Tensor) and sequences.dim()):
             raise ValueError(
                 f"sequences must be a list of tensors, one per sequence, got {shown(sequences)}"
             )
@@ -575,52 +574,3 @@ def _device(device: Any) -> torch.device:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
-    """Whether a value is a list, a tuple, a range or an array, and no text."""
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def shown(value: Any) -> str:
-    """The value as a message shows it: some of it, where it is long."""
-    return reprlib.repr(value)
-
-
-def _bool_array(name: str, values: Any) -> np.ndarray:
-    """Checks bools and returns them as such."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    if not _is_list(values):
-        raise ValueError(f"{name} must be a flat list of bools, got {shown(values)}")
-    for i, value in enumerate(values):
-        if not isinstance(value, (bool, np.bool_)):
-            raise ValueError(f"{name} must hold bools, got {value!r} at {name}[{i}]")
-    return np.array(values, dtype=bool)
-
-
-def int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
-    """Checks integers against `least` and returns them as int64."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    try:
-        raw = np.asarray(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} must be a flat list of integers, got {shown(values)}") from error
-    if raw.ndim != 1:
-        raise ValueError(f"{name} must be a flat list of integers, got {shown(values)}")
-    if raw.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if raw.dtype.kind in "iu" and raw.min() >= least and raw.max() <= INT64_MAX:
-        return raw.astype(np.int64, copy=False)
-    for i, item in enumerate(values):
-        value = item.item() if isinstance(item, (np.generic, Tensor)) else item
-        if type(value) is not int:
-            raise ValueError(f"{name} must hold integers, got {value!r} at {name}[{i}]")
-        if value < least:
-            raise ValueError(f"{name}[{i}] must be at least {least}, got {value}")
-        if value > INT64_MAX:
-            raise ValueError(f"{name}[{i}] must be at most {INT64_MAX}, got {value}")
-    raise ValueError(f"{name} must hold integers, got {raw.dtype}")
