@@ -178,7 +178,6 @@ gpu-tune: ## time tiles on a GPU: KERNEL=forward or backward (CASE=P,S,G,Hq,Hkv,
 	$(PYTHON) -m bench.gpu --kernel "$(KERNEL)" $(if $(CASE),--case "$(CASE)") $(if $(OUT),--out "$(OUT)")
 
 docs-tables: dev ## rewrite the tables of the docs that come from the code
-	$(BIN)/python -m bench.options_table
 	$(BIN)/python -m bench.publish
 
 docs-figures: dev ## draw the pictures of the docs from masks, schedules and results

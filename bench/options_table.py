@@ -1,21 +1,16 @@
 """Which backend refuses which option, as the table in docs/pages/options.md.
 
 The table asks the code that refuses; tests/test_options.py and tests/interpreter/test_options.py
-hold that what is not refused is exact, forward and backward. `python -m bench.options_table`
-rewrites the page.
+hold that what is not refused is exact, forward and backward.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
 from bench import tables
 from prefix_attn.api import choose_backend
 
-PAGE = Path(__file__).parents[1] / "docs" / "pages" / "options.md"
-BEGIN, END = "<!-- options:begin -->\n", "<!-- options:end -->"
 # Device on which each backend is asked.
 BACKENDS = {"triton": "cuda", "cpu": "cpu", "reference": "cpu"}
 MEANINGS = {
@@ -41,21 +36,10 @@ def is_served(option: str, backend: str) -> bool:
     return True
 
 
-def render() -> str:
+def markdown() -> str:
     """The table in Markdown."""
     rows = []
     for option, meaning in MEANINGS.items():
         refusing = [f"`{name}`" for name in BACKENDS if not is_served(option, name)]
         rows.append((f"`{option}`", meaning, ", ".join(refusing)))
-    return tables.markdown(("option", "meaning", "refused by"), rows, "lll") + "\n"
-
-
-def main() -> None:
-    """Rewrites the table in the page."""
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    PAGE.write_text(head + BEGIN + render() + END + rest.split(END)[1])
-
-
-if __name__ == "__main__":
-    main()
+    return tables.markdown(("option", "meaning", "refused by"), rows, "lll")

@@ -2,8 +2,8 @@
 
 A run's CSV goes to `bench/results/NAME.csv`, its picture, if there is one, to
 `docs/pages/figures/NAME.png`. Tables stand between markers in README.md and in the documentation's
-pages on performance, machine code, micro-groups and sequence parallelism: those of runs, and of the
-models of machine code, of the schedule and of what ranks send.
+pages on options, performance, machine code, micro-groups and sequence parallelism: those of runs,
+of what backends refuse, and of the models of machine code, of the schedule and of what ranks send.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import micro, schedule_model, sequence_parallel, tables
+from bench import micro, options_table, schedule_model, sequence_parallel, tables
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +26,13 @@ PAGES = (
     ROOT / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("performance", "machine-code", "micro-groups", "sequence-parallel")
+        for name in ("options", "performance", "machine-code", "micro-groups", "sequence-parallel")
     ),
 )
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 MODELS: dict[str, Callable[[], str]] = {
+    "options": options_table.markdown,
     "machine-code": budget.markdown,
     "schedule": schedule_model.markdown,
     "sequence-parallel": sequence_parallel.markdown,
