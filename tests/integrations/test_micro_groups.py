@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 import prefix_attn
 from prefix_attn import micro_groups
-from prefix_attn.losses import cispo_loss, grpo_loss, gspo_loss
+from prefix_attn.losses import cispo_loss, dpo_loss, grpo_loss, gspo_loss
 from prefix_attn.micro import Deposit, Recorded
 from tests.integrations import tiny_models
 from tests.integrations.test_transformers_exact import EXACT
@@ -134,17 +135,24 @@ def test_micro_groups_serve_models_with(model_type):
     assert deviation(found, expected) <= ROUNDING
 
 
+def pairs_loss(log_probs, old, advantages, mask, denominator):
+    """DPO of neighbours, the chosen completion first."""
+    policy, reference = (x.mul(mask).sum(1).view(-1, 2) for x in (log_probs, old))
+    return dpo_loss(*policy.unbind(1), *reference.unbind(1), denominator=denominator / 2)
+
+
 @pytest.mark.parametrize(
-    ("loss_function", "per_token"),
+    ("loss_function", "per_token", "sizes"),
     [
-        (grpo_loss, False),
-        (partial(grpo_loss, aggregation="dapo"), True),
-        (gspo_loss, False),
-        (partial(cispo_loss, clip_high=0.3), True),
+        (grpo_loss, False, [3, 3, 2]),
+        (partial(grpo_loss, aggregation="dapo"), True, [3, 3, 2]),
+        (gspo_loss, False, [3, 3, 2]),
+        (partial(cispo_loss, clip_high=0.3), True, [3, 3, 2]),
+        (pairs_loss, False, [2, 4, 2]),
     ],
-    ids=["GRPO", "DAPO", "GSPO", "CISPO"],
+    ids=["GRPO", "DAPO", "GSPO", "CISPO", "DPO"],
 )
-def test_micro_groups_have_the_gradients_of_the_whole_group(loss_function, per_token):
+def test_micro_groups_have_the_gradients_of_the_whole_group(loss_function, per_token, sizes):
     rows, prompt = group(8), 11
     generator = torch.Generator().manual_seed(5)
     advantages = torch.randn(8, generator=generator, dtype=torch.float64)
@@ -163,10 +171,10 @@ def test_micro_groups_have_the_gradients_of_the_whole_group(loss_function, per_t
         model = build(enabled=False)
         loss(model, cut(rows, [8])[0], 0).backward()
         whole = gradients(model, [1.0])
-        model, batches = build(), cut(rows, [3, 3, 2])
+        model, batches = build(), cut(rows, sizes)
         with micro_groups(model, batches, min_tokens=1):
-            for batch, at in zip(batches, (0, 3, 6), strict=True):
-                loss(model, batch, at).backward()
+            for batch, end in zip(batches, accumulate(sizes), strict=True):
+                loss(model, batch, end - len(batch["input_ids"])).backward()
     assert deviation(gradients(model, [1.0]), whole) <= ROUNDING
 
 
