@@ -82,7 +82,7 @@ $(MEGATRON_VENV)/.stamp: pyproject.toml
 # They ask for other versions of transformers, and import with this one.
 $(TRAINERS_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(TRAINERS_VENV)
-	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) transformers==5.24.0 \
+	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) 'transformers==5.24.*' \
 		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
 		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON) \
