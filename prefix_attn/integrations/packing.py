@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from prefix_attn.shards import RowShard
 
 LARGEST_KEY = 2**62
 SINGLE = "a single sequence"
+WARN_AFTER = 20  # calls of which none was packed
 HASHED_ELEMENTS = 2**24  # at a time, for the memory that their 64-bit products need
 
 
@@ -97,6 +99,26 @@ class PackingStats:
     def ratio(self) -> float:
         """Tokens in over tokens run, 1 before the first packed call."""
         return self.tokens_in / self.tokens_run if self.tokens_run else 1.0
+
+    def pass_through(self, reason: str, model: object, generation: str) -> None:
+        """Counts a call that is not packed; warns once if none was of many that could have been.
+
+        Args:
+            reason: why it is not packed.
+            model: whose call it is.
+            generation: the reason of calls from which nobody expects it.
+        """
+        self.passed_through[reason] += 1
+        tried = self.calls - self.passed_through[generation]
+        if reason == generation or self.packed_calls or tried != WARN_AFTER:
+            return
+        others = (x for x in self.passed_through.most_common() if x[0] != generation)
+        reasons = ", ".join(f"{other} ({n} calls)" for other, n in others)
+        warnings.warn(
+            f"prefix_attn is enabled on {type(model).__name__} but none of {tried} calls was "
+            f"packed: {reasons}",
+            stacklevel=3,
+        )
 
 
 class Split(Enum):

@@ -16,8 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from prefix_attn.integrations import slime
 from prefix_attn.integrations.megatron import disable, enable, moe, stats
-from prefix_attn.integrations.megatron.enable import WARN_AFTER
 from prefix_attn.integrations.megatron.refusals import SETTINGS
+from prefix_attn.integrations.packing import WARN_AFTER
 from tests.integrations.megatron_models import (
     EXACT,
     MOE,

@@ -19,9 +19,8 @@ transformers = pytest.importorskip("transformers")
 
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations import OLDEST_TRANSFORMERS  # noqa: E402
-from prefix_attn.integrations.packing import PassThroughError  # noqa: E402
+from prefix_attn.integrations.packing import WARN_AFTER, PassThroughError  # noqa: E402
 from prefix_attn.integrations.transformers.calls import find_packing  # noqa: E402
-from prefix_attn.integrations.transformers.enable import WARN_AFTER  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
     KeepDouble,

@@ -8,7 +8,6 @@ the batch. Embedding, multi-token prediction, head and loss stay ordinary.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +36,6 @@ from prefix_attn.integrations.megatron.refusals import refuse_unsupported
 from prefix_attn.integrations.packing import HandBack, PackingStats, PassThroughError
 
 MIN_RATIO = 1.2
-WARN_AFTER = 20
 
 Model = TypeVar("Model")
 
@@ -52,7 +50,6 @@ class _Enabled:
         replaced: objects and names of their attributes that hide those of their class.
         hooks: to be removed.
         counts: what `stats` returns.
-        warned: whether it was said that no call is packed.
     """
 
     min_ratio: float
@@ -60,7 +57,6 @@ class _Enabled:
     replaced: list[tuple[torch.nn.Module, str]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     counts: PackingStats = field(default_factory=PackingStats)
-    warned: bool = False
 
 
 def enable(model: Model, *, min_ratio: float = MIN_RATIO) -> Model:
@@ -229,8 +225,7 @@ def _forward(model: GPTModel, original: Callable[..., Any], *args: Any, **kwargs
             raise PassThroughError("the decoder was called from outside of the model")
         row = find_row(model, state.call, kwargs, hidden_of, state.min_ratio)
     except PassThroughError as reason:
-        state.counts.passed_through[str(reason)] += 1
-        _warn_if_idle(model, state)
+        state.counts.pass_through(str(reason), model, INFERENCE)
         return original(**kwargs)
     state.counts.packed_calls += 1
     state.counts.tokens_in += row.packing.tokens_in
@@ -308,22 +303,3 @@ def _pack_tables(tables: Any, row: PackedRow, rows: int) -> Any:
         table = tables[row.positions]
     padding = rows - len(table)
     return torch.cat([table, table[:1].expand(padding, *table.shape[1:])])
-
-
-def _warn_if_idle(model: GPTModel, state: _Enabled) -> None:
-    """Warns once if many calls that were not inference were never packed."""
-    counts = state.counts
-    tried = counts.calls - counts.passed_through[INFERENCE]
-    if state.warned or counts.packed_calls or tried < WARN_AFTER:
-        return
-    state.warned = True
-    reasons = ", ".join(
-        f"{reason} ({n} calls)"
-        for reason, n in counts.passed_through.most_common()
-        if reason != INFERENCE
-    )
-    warnings.warn(
-        f"prefix_attn is enabled on {type(model).__name__} but none of {tried} calls was packed: "
-        f"{reasons}",
-        stacklevel=3,
-    )

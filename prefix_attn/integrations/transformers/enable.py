@@ -8,7 +8,6 @@ batch. Importing this module also registers `attn_implementation="prefix_attn"`.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ from prefix_attn.integrations.transformers.sequence_parallel import SequencePara
 from prefix_attn.integrations.transformers.token_keywords import checked_names
 
 MIN_RATIO = 1.2
-WARN_AFTER = 20
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -63,7 +61,6 @@ class _Enabled:
     ranks: SequenceParallel | None  # that run one packed row together
     mixers: Mixers
     counts: PackingStats
-    warned: bool = False
 
 
 def enable(
@@ -280,8 +277,7 @@ def _decide(
             else ranks.find_packing(backbone, kwargs)
         )
     except PassThroughError as reason:
-        counts.passed_through[str(reason)] += 1
-        _warn_if_idle(backbone, state)
+        counts.pass_through(str(reason), backbone, GENERATION)
         layout = kwargs.get("prefix_layout")
         if layout is not None and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = layout.position_ids[None]
@@ -324,22 +320,3 @@ def check_once(
 
     self_check(backbone, tokens, run, packed)
     state.check_pending = False
-
-
-def _warn_if_idle(backbone: PreTrainedModel, state: _Enabled) -> None:
-    """Warns once if many calls that were not generation were never packed."""
-    counts = state.counts
-    tried = counts.calls - counts.passed_through[GENERATION]
-    if state.warned or counts.packed_calls or tried < WARN_AFTER:
-        return
-    state.warned = True
-    reasons = ", ".join(
-        f"{reason} ({n} calls)"
-        for reason, n in counts.passed_through.most_common()
-        if reason != GENERATION
-    )
-    warnings.warn(
-        f"prefix_attn is enabled on {type(backbone).__name__} but none of {tried} calls was "
-        f"packed: {reasons}",
-        stacklevel=3,
-    )
