@@ -94,6 +94,51 @@ def test_hybrid_models_match_ordinary_batches(model_type):
     assert all(error <= ROUNDING for error in found.values()), found
 
 
+BIASED = {
+    "bamba": {"mamba_proj_bias": True},
+    "jamba": {"mamba_proj_bias": True},
+    "lfm2": {"conv_bias": True},
+}
+
+
+@pytest.mark.parametrize("model_type", list(BIASED))
+def test_left_padding_in_front_of_biased_projections_is_passed_through(model_type):
+    """Padding is zero in front of such a projection and not behind it: the ordinary call reads it.
+
+    A row without a token is no left padding.
+    """
+    changes = HYBRIDS[model_type][1] | BIASED[model_type]
+    model = build(tiny_config(model_type, **changes))
+    rows = [*rows_that_share(), torch.empty(0, dtype=torch.long)]
+    batches = [pad(rows), pad(rows, "left")]
+    with KeepDouble():
+        ordinary = [run(model, batch) for batch in batches]
+        if FUNCTIONS or model_type != "jamba":  # which set padding to zero behind it, too
+            assert deviation(*ordinary) > 1e-3
+        prefix_attn.enable(model, min_ratio=1.0)
+        for batch, want in zip(batches, ordinary, strict=True):
+            assert deviation(run(model, batch), want) <= ROUNDING
+    counts = prefix_attn.stats(model)
+    reason = "left padding, which mixers read: their projections have a bias"
+    assert (counts.packed_calls, list(counts.passed_through)) == (1, [reason])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "bamba", "lfm2"])
+def test_left_padding_of_one_row_is_packed_or_passed_through(model_type):
+    """Before transformers 5.18 mixers set padding to zero in batches of several rows alone."""
+    model = hybrid(model_type)
+    batch = {name: x[:1] for name, x in pad(rows_that_share()[1:], "left").items()}
+    assert not batch["attention_mask"][0, 0]
+    with KeepDouble():
+        want = run(model, batch)
+        prefix_attn.enable(model, always=True)
+        assert deviation(run(model, batch), want) <= ROUNDING
+    counts = prefix_attn.stats(model)
+    reason = "left padding of a single row, which mixers read as tokens"
+    assert counts.packed_calls == (1 if FUNCTIONS else 0)
+    assert list(counts.passed_through) == ([] if FUNCTIONS else [reason])
+
+
 def forest(seed):
     """Rows of a random forest: depth up to 5, tokens that fork at once, rows inside of others."""
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)

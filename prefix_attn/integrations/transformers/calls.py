@@ -125,9 +125,8 @@ def find_packing(
         raise PassThroughError("no mask of an outer model says where the layers are causal")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         raise PassThroughError("attention_mask is not of shape (B, L)")
-    reads_padding = backbone.config.model_type in READS_LEFT_PADDING
-    if mask is not None and reads_padding and bool((mask[:, 0] == 0).any()):
-        raise PassThroughError("left padding, which this type of model reads as tokens")
+    if mask is not None:
+        _pass_left_padding(backbone, mask)
     positions = as_kinds(position_ids, shape)
     if _ran_flash(backbone) and shape[0] == 1:
         if mask is not None and bool((mask != 0).all()):
@@ -296,6 +295,20 @@ def _refuse_slices(positions: Tensor | None) -> None:
             f"the row starts at position {first}: it is a sequence-parallel slice of a longer one. "
             'Call enable with sequence_parallel_group and sequence_parallel_inputs="slices"'
         )
+
+
+def _pass_left_padding(backbone: PreTrainedModel, mask: Tensor) -> None:
+    """Raises PassThroughError for left padding whose content the ordinary call takes for tokens."""
+    is_token = mask != 0
+    if not bool((is_token.any(1) & ~is_token[:, 0]).any()):
+        return
+    mixers = backbone._prefix_attn.mixers
+    if backbone.config.model_type in READS_LEFT_PADDING:
+        raise PassThroughError("left padding, which this type of model reads as tokens")
+    if mixers.projects_with_bias():
+        raise PassThroughError("left padding, which mixers read: their projections have a bias")
+    if len(mask) == 1 and mixers.reads_padding_of_one_row():
+        raise PassThroughError("left padding of a single row, which mixers read as tokens")
 
 
 def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: Split) -> None:

@@ -26,6 +26,11 @@ ROW_KEYWORDS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 )
 
+# Projections of a mixer whose input no longer depends on what its padding was projected to.
+BEHIND_FUNCTIONS = frozenset({"dt_proj", "o_proj", "out_proj"})
+# What mixers call with their input and the mask, and a mask of one row with left padding.
+ZERO_PADDING, PADDED_ROW = "apply_mask_to_padding_states", torch.tensor([[0, 1]])
+
 
 class PackedRun(threading.local):
     """Whose packed row runs in this thread.
@@ -108,6 +113,33 @@ class Mixers:
                     "its forward was replaced after enable. Replace it first, then call "
                     "prefix_attn.enable(model)"
                 )
+
+    def projects_with_bias(self) -> bool:
+        """Whether a bias reaches what mixers remember: ordinary batches then read left padding.
+
+        Models set padding to zero in front of the projections, and not behind them. What comes
+        behind the functions of sequences sees each token alone.
+        """
+        return any(
+            isinstance(getattr(part, "bias", None), Tensor)
+            for reference in self._modules
+            for child, projection in reference.module.named_children()
+            if child not in BEHIND_FUNCTIONS
+            for part in projection.modules()
+            if hasattr(part, "in_features")
+        )
+
+    def reads_padding_of_one_row(self) -> bool:
+        """Whether transformers sets padding to zero in batches of several rows alone.
+
+        Its versions differ, so its function is asked.
+        """
+        for reference in self._modules:
+            where = code_names(reference.module).module_of(ZERO_PADDING)
+            zero_padding = getattr(where, ZERO_PADDING, None)
+            if zero_padding is not None and zero_padding(torch.ones(1, 2, 1), PADDED_ROW)[0, 0, 0]:
+                return True
+        return False
 
     def note(self, name: str) -> None:
         """Notes that a mixer ran with its layout."""
