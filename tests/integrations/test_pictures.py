@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import re
 from typing import Any
 
@@ -364,6 +365,25 @@ def test_hidden_states_of_a_tower_run_every_copy():
 
 
 # ---- switching on and off -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen3_vl"])
+def test_generation_reads_the_same_pictures(model_type):
+    """It looks at the signature of the tower's methods for what to hand them."""
+    model, batch = vision_model(model_type, "left", differ=True)
+    model.float().eval()
+    batch["pixel_values"] = batch["pixel_values"].float()
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    want = model.generate(**batch, **options)
+    own = inspect.signature(model.model.get_image_features).parameters
+    prefix_attn.enable(model, self_check=False)
+    signature = inspect.signature(model.model.get_image_features)
+    assert list(pickle.loads(pickle.dumps(signature)).parameters) == list(own)
+    assert torch.equal(model.generate(**batch, **options), want)
+    assert torch.equal(copy.deepcopy(model).generate(**batch, **options), want)
+    counts = prefix_attn.stats(model)
+    assert (counts.packed_calls, counts.pictures_repeated) == (0, {})
+    assert counts.pictures_run < counts.pictures_in
 
 
 def test_sharing_of_pictures_is_switched_alone():

@@ -108,7 +108,9 @@ def share_pictures(model: torch.nn.Module, decoder: PreTrainedModel) -> None:
     names = [name for name in METHODS if hasattr(type(owner), name)]
     owner._prefix_attn_pictures = _Shared(decoder, {n: owner.__dict__.get(n) for n in names})
     for name in names:
-        setattr(owner, name, partial(_features, Weak(owner), name))
+        features = partial(_features, Weak(owner), name)
+        features.__signature__ = _signature(getattr(owner, name))  # type: ignore[attr-defined]
+        setattr(owner, name, features)
 
 
 def restore_pictures(model: torch.nn.Module) -> None:
@@ -167,6 +169,16 @@ def _features(owner: Weak, name: str, *args: Any, **kwargs: Any) -> Any:
         return _hand_out(original(**_selected(call, pictures, kept)), pictures, kept, copy_of)
     finally:
         shared.running = False
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Names and defaults, by which generation chooses what it hands to a tower.
+
+    Annotations are left out: copies and pickles of a model hold the signature.
+    """
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return inspect.Signature(parameters)
 
 
 def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -28,8 +28,8 @@ ROW_KEYWORDS = frozenset(
 
 # Projections of a mixer whose input no longer depends on what its padding was projected to.
 BEHIND_FUNCTIONS = frozenset({"dt_proj", "o_proj", "out_proj"})
-# What mixers call with their input and the mask, and a mask of one row with left padding.
-ZERO_PADDING, PADDED_ROW = "apply_mask_to_padding_states", torch.tensor([[0, 1]])
+# What mixers call with their input and the mask.
+ZERO_PADDING = "apply_mask_to_padding_states"
 
 
 class PackedRun(threading.local):
@@ -134,10 +134,12 @@ class Mixers:
 
         Its versions differ, so its function is asked.
         """
+        row = torch.ones(1, 2, 1, device="cpu")
+        mask = torch.tensor([[0, 1]], device="cpu")  # left padding
         for reference in self._modules:
             where = code_names(reference.module).module_of(ZERO_PADDING)
             zero_padding = getattr(where, ZERO_PADDING, None)
-            if zero_padding is not None and zero_padding(torch.ones(1, 2, 1), PADDED_ROW)[0, 0, 0]:
+            if zero_padding is not None and bool(zero_padding(row, mask)[0, 0, 0]):
                 return True
         return False
 
