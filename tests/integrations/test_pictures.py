@@ -168,6 +168,23 @@ def test_prompts_of_prefix_language_models_need_their_mask():
     ]
 
 
+@pytest.mark.skipif(not READS_BLOCKS, reason="its masks can't be read in this version")
+def test_compiled_models_let_pictures_see_all_of_themselves():
+    """The masks of an outer model are then made in compiled code, and read in eager code."""
+    model, batch = vision_model("gemma3")
+    model.float().eval()
+    batch["pixel_values"] = batch["pixel_values"].float()
+    keep = batch["attention_mask"].bool()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = model(**batch, use_cache=False).logits[keep]
+        prefix_attn.enable(model, self_check=False, min_ratio=1.0)
+        compiled = torch.compile(model, backend="eager")
+        found = compiled(**batch, use_cache=False).logits[keep]
+    assert prefix_attn.stats(model).packed_calls == 1
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
 # ---- what is told apart -------------------------------------------------------------------------
 
 

@@ -147,8 +147,6 @@ class LazyMask:
         fallback: "sdpa" or "eager", whose mask it stands for.
         layout: that of the packed row for which the mask was asked, if `enable` runs one.
         harmless: see `PackedMask`.
-        adds_rules: whether more may be seen, or less, than the causal mask, its window and padding
-            say.
     """
 
     ndim = 4  # generation with a static cache prepares masks outside the model and passes them in
@@ -164,9 +162,15 @@ class LazyMask:
         self.fallback = fallback
         self.layout = layout
         self.harmless = harmless
-        self.adds_rules = _adds_rules(arguments)
+        # Code that is compiled can't read the function: it is read when eager code asks.
+        self._adds_rules = None if torch.compiler.is_compiling() else _adds_rules(arguments)
         self._call_checked = False
         self._built: tuple[Tensor | None] | None = None
+
+    @property
+    def adds_rules(self) -> bool:
+        """Whether more may be seen, or less, than the causal mask, its window and padding say."""
+        return _adds_rules(self.arguments) if self._adds_rules is None else self._adds_rules
 
     def build(self) -> Tensor | None:
         """Returns the mask of the fallback, built once for all layers."""
