@@ -49,7 +49,7 @@ $(OLD_VENV)/.stamp: pyproject.toml
 $(CUDA_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
-	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) numpy networkx pytest hypothesis
+	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) numpy networkx pytest pytest-xdist hypothesis
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(CUDA_TRITON)
 	touch $@
 
@@ -116,7 +116,7 @@ test: lint type $(OLD_VENV)/.stamp $(CUDA_VENV)/.stamp ## everything that CI run
 		--ignore=tests/interpreter --ignore=tests/integrations
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 	TRITON_INTERPRET=1 $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/interpreter
-	TRITON_INTERPRET=1 $(CUDA_VENV)/bin/python -m pytest -q $(IN_BETWEEN)
+	TRITON_INTERPRET=1 $(CUDA_VENV)/bin/python -m pytest -q -n 2 $(IN_BETWEEN)
 	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q tests/test_machine_code.py \
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
 	$(MAKE) test-levels test-hf test-verl docs
