@@ -1158,6 +1158,13 @@ def test_info_without_triton_and_integrations_touches_no_driver():
     assert results["integrations"]["prefix_grouper"]["why_not"] is None
 
 
+def test_info_names_every_integration():
+    inside = {"packing", "ranks"}  # that of others
+    folder = ROOT / "prefix_attn" / "integrations"
+    modules = {path.stem for path in folder.iterdir() if not path.name.startswith("_")}
+    assert set(info.INTEGRATIONS) == modules - inside
+
+
 def test_info_prints_every_section(run, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     code, out, _ = run("info")

@@ -36,6 +36,12 @@ INTEGRATIONS = {
     "transformers": ("transformers", 'enable(model), attn_implementation="prefix_attn"'),
     "trl": ("trl", "KeepGroupsMixin, serve_tree_attention()"),
     "verl": ("verl", "override_config.attn_implementation=prefix_attn"),
+    "megatron": ("megatron-core", "megatron.enable(model)"),
+    "slime": ("megatron-core", "before_train_step, before_log_prob"),
+    "axolotl": ("axolotl", "Plugin"),
+    "swift": ("ms-swift", "callback prefix_attn, serve_megatron()"),
+    "torchtitan": ("torchtitan", "PrefixAttention, serve_masks()"),
+    "areal": (None, "layout_of_trie()"),
     "prefix_grouper": (None, "PrefixGrouper, the interface of prefix-grouper"),
     "distributed": (None, "register_dtensor_rules()"),
 }
