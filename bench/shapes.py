@@ -26,7 +26,6 @@ from bench import tables
 from bench.facts import environment
 from bench.measure import AGREEMENT_EPS, MIN_ROUNDS, peak_memory
 from prefix_attn import PrefixLayout, prefix_attention
-from prefix_attn.forest import forest_of
 from prefix_attn.testing import Inputs, check_attention
 from prefix_attn.timing import Clock, Quantiles, busy, interleaved, load_average, rounds
 
@@ -84,7 +83,7 @@ class Shape:
     @property
     def ideal(self) -> float:
         """Allowed pairs of all sequences over those of the layout, under the window."""
-        forest = forest_of(self.layout.segments.numpy().tobytes(), self.window_size)
+        forest = replace(self.layout.forest, window_size=self.window_size)
         return forest.num_repeated_pairs / forest.num_pairs
 
 

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends.cpu.plan import plan
+from prefix_attn.content import content_of
 from prefix_attn.testing import (
     Inputs,
     assert_all,
@@ -176,7 +177,7 @@ def test_cpu_long_and_short_segments_match_each_sequence_alone(
 
 def planned(layout: PrefixLayout, window_size: int | None = None, dense: bool = False) -> list[Any]:
     """The calls of a layout."""
-    return plan(layout.segments.numpy().tobytes(), window_size, True, dense, True)
+    return plan(content_of(layout.segments), window_size, True, dense, True)
 
 
 def test_cpu_work_under_a_window_is_linear_in_tokens() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefix_attn.backends.cpu import attend, formula
 from prefix_attn.backends.cpu.plan import Call, plan
-from prefix_attn.forest import forest_of
+from prefix_attn.content import content_of
 from prefix_attn.kernels.options import Options
 
 
@@ -103,8 +103,8 @@ def backward(
 
 
 def _plan(segments: Tensor, options: Options, dense: bool, crossing: bool = True) -> list[Call]:
-    content = segments.numpy().tobytes()
-    return plan(content, options.window_size, options.prefix_causal, dense, crossing)
+    rule = options.window_size, options.prefix_causal
+    return plan(content_of(segments), *rule, dense, crossing)
 
 
 def _kernel(options: Options) -> attend.Kernel:
@@ -182,7 +182,7 @@ def _silenced(
 
 
 def _groups(segments: Tensor) -> Iterator[_Group]:
-    forest = forest_of(segments.numpy().tobytes())
+    forest = content_of(segments).forest(None, True)
     roots = [*(forest.parents < 0).nonzero()[0].tolist(), forest.num_segments]
     for first, last in pairwise(roots):
         rows = slice(int(forest.starts[first]), int(forest.subtree_ends[first]))

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_attn.forest import Forest, forest_of
+from prefix_attn.content import Content
+from prefix_attn.forest import Forest
 
 # A node of so many rows has calls of its own; below that merging costs more than masking.
 LONG = 64
@@ -198,18 +199,18 @@ class Call:
 
 @lru_cache(CACHED_PLANS)
 def plan(
-    content: bytes, window_size: int | None, prefix_causal: bool, dense: bool, crossing: bool
+    content: Content, window_size: int | None, prefix_causal: bool, dense: bool, crossing: bool
 ) -> list[Call]:
     """The calls of a layout, those first that a query is in first.
 
     Args:
-        content: `segments` of the layout, as bytes.
+        content: of the layout.
         window_size: that of the call.
         prefix_causal: that of the call.
         dense: cut everything into masked blocks, as a window does.
         crossing: whether a block may hold several nodes.
     """
-    forest = forest_of(content, window_size, prefix_causal)
+    forest = content.forest(window_size, prefix_causal)
     nodes = _nodes(forest)
     blocks: list[Block] = []
     own: list[tuple[np.ndarray, np.ndarray, bool]] = []
