@@ -78,7 +78,8 @@ def backward(
         ow[..., -1] = -dlse.t().to(dtype)
     of_queries, of_keys = [dow, qw, ow, lse], [kw, vw]
     # Of the output the column of dLSE alone: the others are means of values.
-    wild = _wild_groups(segments, scale, (dow, qw, ow[..., width - 1 :]), of_keys)
+    given = [dow, qw] if dlse is None else [dow, qw, ow[..., -1:]]
+    wild = _wild_groups(segments, scale, given, of_keys)
     if wild:
         of_queries, of_keys = _silenced(wild, of_queries, of_keys)
     calls = _plan(segments, options, dense=options.softcap is not None)

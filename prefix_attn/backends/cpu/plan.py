@@ -40,14 +40,12 @@ CACHED_PLANS = 16
 class Node(NamedTuple):
     """Rows start to end of one path; `below` ends the rows that continue it.
 
-    `depth` is the position of the first row, `query` its place in q, or -1 where the rows are no
-    queries.
+    `query` is the place of the first row in q, or -1 where the rows are no queries.
     """
 
     start: int
     end: int
     below: int
-    depth: int
     parent: int
     query: int
     bidirectional: bool
@@ -255,11 +253,10 @@ def _nodes(forest: Forest) -> list[Node]:
     """The filled segments in packed order, only continuations joined to what they continue."""
     nodes: list[Node] = []
     node_of: list[int] = []
-    for start, end, below, depth, parent, has_queries, bidirectional in zip(
+    for start, end, below, parent, has_queries, bidirectional in zip(
         forest.starts.tolist(),
         forest.ends.tolist(),
         forest.subtree_ends.tolist(),
-        forest.depths.tolist(),
         forest.parents.tolist(),
         forest.has_queries.tolist(),
         forest.bidirectional.tolist(),
@@ -281,7 +278,7 @@ def _nodes(forest: Forest) -> list[Node]:
             node_of.append(above)
             continue
         node_of.append(len(nodes))
-        nodes.append(Node(start, end, below, depth, above, query, bidirectional))
+        nodes.append(Node(start, end, below, above, query, bidirectional))
     return nodes
 
 
