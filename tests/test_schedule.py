@@ -177,6 +177,16 @@ def test_work_lists_are_longest_first():
     assert len(entries) == len(order) == len(keys.items) + 4 * len(queries.items)
 
 
+def test_balanced_key_tiles_look_for_pairs_once(monkeypatch):
+    """They are most of the work under a window; a second cut of the tiles needs no others."""
+    found = []
+    pairs = schedule._window_pairs
+    monkeypatch.setattr(schedule, "_window_pairs", lambda *a: found.append(1) or pairs(*a))
+    tree, _ = _forest([40, 9, 70, 17, 3], [-1, 0, 0, 0, 0], {"window_size": 20})
+    balanced_key_tiles(tree, 4, 8, heads=2, group=4, processors=4)
+    assert found == [1]
+
+
 def test_tables_grow_linearly_with_tokens():
     sizes = []
     for groups in (4, 8, 16):

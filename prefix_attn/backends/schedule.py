@@ -218,78 +218,33 @@ def _append_masked(pieces: list[tuple[int, int]], start: int, end: int, block_n:
 
 
 @dataclass(frozen=True, eq=False)
-class KeyTiles:
-    """Work list of key tiles, and the query tiles that visit them.
+class KeyVisits:
+    """The query tiles that visit each key tile, whole.
 
     Attributes:
-        items: (n, 9) int32, longest first: col0, col1, full0, num_full, before0, num_before,
-            after0, num_after, slot. Keys [col0, col1) are visited in full by num_full tiles of
-            queries from query full0 on, and masked by those from before0 and after0 on. Under a
-            window full0 and before0 are places in `queries`, and num_after is 0. slot is -1 where
-            the item alone owns its keys, else the index of its partial sum.
-        queries: (k,) int32, under a window the first queries of the tiles, else empty.
-        splits: (s, 4) int32, for each tile that was split: col0, col1, first slot, end slot.
-        num_slots: partial sums in all.
-        costs: (n,) float64, in full tiles of one query head.
+        col0: (n,) first key of each tile.
+        col1: (n,) its end.
+        begins: (n, 3) where the query tiles before, full and after begin: queries, or under a
+            window places in `queries`.
+        counts: (n, 3) how many there are.
+        queries: under a window the first queries of the tiles, else empty.
+        step: from one query tile to the next, in the unit of `begins`.
     """
 
-    items: np.ndarray
+    col0: np.ndarray
+    col1: np.ndarray
+    begins: np.ndarray
+    counts: np.ndarray
     queries: np.ndarray
-    splits: np.ndarray
-    num_slots: int
-    costs: np.ndarray
+    step: int
 
     @classmethod
-    def from_forest(
-        cls, forest: Forest, block_m: int, block_n: int, max_chunk: int | None = None
-    ) -> KeyTiles:
-        """Cuts the keys into tiles of at most block_n, and their query tiles into chunks.
-
-        Args:
-            forest: the segments.
-            block_m: queries in a query tile.
-            block_n: keys in a key tile.
-            max_chunk: query tiles in a chunk at most; None leaves every tile whole.
-        """
+    def from_forest(cls, forest: Forest, block_m: int, block_n: int) -> KeyVisits:
+        """Cuts the keys into tiles of at most block_n."""
         col0, col1 = _key_cuts(forest, block_n)
-        fill = cls._fill_ranges if forest.window_size is None else cls._fill_window
-        begins, counts, queries = fill(forest, block_m, col0, col1)
-        # Chunk i of a tile owns those of its query tiles that are numbered [low, high).
-        total = counts.sum(1)
-        chunks = np.ones_like(total) if max_chunk is None else np.maximum(1, -(-total // max_chunk))
-        tile = np.repeat(np.arange(len(col0)), chunks)
-        first = np.cumsum(chunks) - chunks
-        index = np.arange(len(tile)) - first[tile]
-        low = index * total[tile] // chunks[tile]
-        high = (index + 1) * total[tile] // chunks[tile]
-
-        split = chunks[tile] > 1
-        slot = np.where(split, np.cumsum(split) - 1, -1)
-        items = np.zeros((len(tile), 9), dtype=np.int64)
-        items[:, COL0], items[:, COL1], items[:, SLOT] = col0[tile], col1[tile], slot
-        step = block_m if forest.window_size is None else 1
-        # Before, full and after follow each other in this numbering.
-        number = np.zeros_like(low)
-        columns = ((BEFORE0, NUM_BEFORE), (FULL0, NUM_FULL), (AFTER0, NUM_AFTER))
-        for part, (first_column, count_column) in enumerate(columns):
-            begin = np.maximum(number, low)
-            stop = np.minimum(number + counts[tile, part], high)
-            items[:, first_column] = begins[tile, part] + (begin - number) * step
-            items[:, count_column] = np.maximum(0, stop - begin)
-            number = number + counts[tile, part]
-        owners = np.flatnonzero(chunks > 1)
-        stops = np.cumsum(chunks[owners])
-        splits = np.stack([col0[owners], col1[owners], stops - chunks[owners], stops], axis=1)
-        masked = items[:, NUM_BEFORE] + items[:, NUM_AFTER]
-        costs = ITEM_COST + items[:, NUM_FULL] + MASKED_COST * masked
-        order = np.argsort(-costs, kind="stable")
-        return cls(
-            items=items[order].astype(np.int32),
-            queries=queries.astype(np.int32),
-            splits=splits.astype(np.int32),
-            num_slots=int(split.sum()),
-            costs=costs[order],
-        )
+        window = forest.window_size is not None
+        fill = cls._fill_window if window else cls._fill_ranges
+        return cls(col0, col1, *fill(forest, block_m, col0, col1), step=1 if window else block_m)
 
     @staticmethod
     def _fill_ranges(
@@ -326,6 +281,83 @@ class KeyTiles:
         counts[:, 1] = np.bincount(tile[full], minlength=len(col0))
         places = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
         return places, counts, query0[row_tile[order]]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTiles:
+    """Work list of key tiles, and the query tiles that visit them.
+
+    Attributes:
+        items: (n, 9) int32, longest first: col0, col1, full0, num_full, before0, num_before,
+            after0, num_after, slot. Keys [col0, col1) are visited in full by num_full tiles of
+            queries from query full0 on, and masked by those from before0 and after0 on. Under a
+            window full0 and before0 are places in `queries`, and num_after is 0. slot is -1 where
+            the item alone owns its keys, else the index of its partial sum.
+        queries: (k,) int32, under a window the first queries of the tiles, else empty.
+        splits: (s, 4) int32, for each tile that was split: col0, col1, first slot, end slot.
+        num_slots: partial sums in all.
+        costs: (n,) float64, in full tiles of one query head.
+    """
+
+    items: np.ndarray
+    queries: np.ndarray
+    splits: np.ndarray
+    num_slots: int
+    costs: np.ndarray
+
+    @classmethod
+    def from_forest(
+        cls, forest: Forest, block_m: int, block_n: int, max_chunk: int | None = None
+    ) -> KeyTiles:
+        """Cuts the keys into tiles of at most block_n, and their query tiles into chunks.
+
+        Args:
+            forest: the segments.
+            block_m: queries in a query tile.
+            block_n: keys in a key tile.
+            max_chunk: query tiles in a chunk at most; None leaves every tile whole.
+        """
+        return cls.from_visits(KeyVisits.from_forest(forest, block_m, block_n), max_chunk)
+
+    @classmethod
+    def from_visits(cls, visits: KeyVisits, max_chunk: int | None) -> KeyTiles:
+        """Cuts the query tiles of each key tile into chunks of at most max_chunk."""
+        col0, col1, begins, counts = visits.col0, visits.col1, visits.begins, visits.counts
+        # Chunk i of a tile owns those of its query tiles that are numbered [low, high).
+        total = counts.sum(1)
+        chunks = np.ones_like(total) if max_chunk is None else np.maximum(1, -(-total // max_chunk))
+        tile = np.repeat(np.arange(len(col0)), chunks)
+        first = np.cumsum(chunks) - chunks
+        index = np.arange(len(tile)) - first[tile]
+        low = index * total[tile] // chunks[tile]
+        high = (index + 1) * total[tile] // chunks[tile]
+
+        split = chunks[tile] > 1
+        slot = np.where(split, np.cumsum(split) - 1, -1)
+        items = np.zeros((len(tile), 9), dtype=np.int64)
+        items[:, COL0], items[:, COL1], items[:, SLOT] = col0[tile], col1[tile], slot
+        # Before, full and after follow each other in this numbering.
+        number = np.zeros_like(low)
+        columns = ((BEFORE0, NUM_BEFORE), (FULL0, NUM_FULL), (AFTER0, NUM_AFTER))
+        for part, (first_column, count_column) in enumerate(columns):
+            begin = np.maximum(number, low)
+            stop = np.minimum(number + counts[tile, part], high)
+            items[:, first_column] = begins[tile, part] + (begin - number) * visits.step
+            items[:, count_column] = np.maximum(0, stop - begin)
+            number = number + counts[tile, part]
+        owners = np.flatnonzero(chunks > 1)
+        stops = np.cumsum(chunks[owners])
+        splits = np.stack([col0[owners], col1[owners], stops - chunks[owners], stops], axis=1)
+        masked = items[:, NUM_BEFORE] + items[:, NUM_AFTER]
+        costs = ITEM_COST + items[:, NUM_FULL] + MASKED_COST * masked
+        order = np.argsort(-costs, kind="stable")
+        return cls(
+            items=items[order].astype(np.int32),
+            queries=visits.queries.astype(np.int32),
+            splits=splits.astype(np.int32),
+            num_slots=int(split.sum()),
+            costs=costs[order],
+        )
 
 
 def _arange_between(cuts: np.ndarray, step: int) -> np.ndarray:
@@ -494,11 +526,10 @@ def balanced_key_tiles(
         group: query heads per KV head.
         processors: programs that run at once.
     """
-    whole = KeyTiles.from_forest(forest, block_m, block_n)
+    visits = KeyVisits.from_forest(forest, block_m, block_n)
+    whole = KeyTiles.from_visits(visits, max_chunk=None)
     share = whole.costs.sum() * heads * group / (CHUNKS_PER_PROCESSOR * processors)
-    return KeyTiles.from_forest(
-        forest, block_m, block_n, max_chunk=max(1, int(max(share, MIN_CHUNK) // group))
-    )
+    return KeyTiles.from_visits(visits, max_chunk=max(1, int(max(share, MIN_CHUNK) // group)))
 
 
 def backward_order(
