@@ -83,6 +83,17 @@ def test_tables_of_both_passes_are_one_copy_in_aligned_places(monkeypatch):
     assert [x.storage_offset() % ALIGNMENT for x in lists] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("queries", "lists"), [(Tile(32, 16, 5), 1), (Tile(32, 32), 2)], ids=str)
+def test_tables_of_both_passes_have_one_list_of_query_tiles_of_one_size(
+    monkeypatch, queries, lists
+):
+    made = []
+    build = schedule.QueryTiles.from_forest
+    monkeypatch.setattr(schedule.QueryTiles, "from_forest", lambda *a: made.append(1) or build(*a))
+    built(WANTED._replace(config=replace(INTERPRETER, queries=queries), kv_heads=64))
+    assert len(made) == lists
+
+
 def test_tables_of_the_backward_pass_are_made_when_it_comes_after_all(monkeypatch):
     copies = count_copies(monkeypatch)
     _, made = built(WANTED._replace(kv_heads=8), with_backward=False)

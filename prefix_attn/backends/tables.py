@@ -17,7 +17,7 @@ from prefix_attn.backends import schedule
 from prefix_attn.content import Content
 from prefix_attn.forest import Forest
 from prefix_attn.kernels.backward import BackwardTables
-from prefix_attn.kernels.config import Config
+from prefix_attn.kernels.config import Config, Tile
 from prefix_attn.kernels.forward import ForwardTables
 
 # Tables start at multiples of so many integers, as tensors of their own would: 128 bytes.
@@ -58,10 +58,9 @@ class Tables:
         self._content, self._wanted = content, wanted
         self._uploads: list[_Upload] = []
         forest = content.forest(wanted.window_size, wanted.prefix_causal)
-        tile = wanted.config.forward
-        work = schedule.QueryTiles.from_forest(forest, tile.block_m, tile.block_n)
+        work = self._query_tiles(wanted.config.forward)
         forward = [_rule(forest), work.items, work.columns, work.masked]
-        backward, num_slots = self._backward_arrays() if with_backward else ([], 0)
+        backward, num_slots = self._backward_arrays(work) if with_backward else ([], 0)
         copies = self._upload([*forward, *backward])
         self.forward = ForwardTables(*copies[:4])
         self._backward = self._as_backward(copies[4:], num_slots) if with_backward else None
@@ -87,7 +86,14 @@ class Tables:
         for upload in self._uploads:
             upload.wait(stream)
 
-    def _backward_arrays(self) -> tuple[list[np.ndarray], int]:
+    def _query_tiles(self, tile: Tile) -> schedule.QueryTiles:
+        forest = self._content.forest(self._wanted.window_size, self._wanted.prefix_causal)
+        return schedule.QueryTiles.from_forest(forest, tile.block_m, tile.block_n)
+
+    def _backward_arrays(
+        self, forward: schedule.QueryTiles | None = None
+    ) -> tuple[list[np.ndarray], int]:
+        """Takes the query tiles of the forward pass, which are those of dQ where sizes agree."""
         wanted = self._wanted
         forest = self._content.forest(wanted.window_size, wanted.prefix_causal)
         config = wanted.config
@@ -99,9 +105,11 @@ class Tables:
             group=wanted.group,
             processors=config.processors,
         )
-        queries = schedule.QueryTiles.from_forest(
-            forest, config.queries.block_m, config.queries.block_n
-        )
+        sizes = [(x.block_m, x.block_n) for x in (config.forward, config.queries)]
+        if forward is None or sizes[0] != sizes[1]:
+            queries = self._query_tiles(config.queries)
+        else:
+            queries = forward
         order, _ = schedule.backward_order(
             keys, queries, config.keys.area, config.queries.area, wanted.group
         )
