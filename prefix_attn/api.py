@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefix_attn import backends
 from prefix_attn.backends import reference
+from prefix_attn.checks import flag, window
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.ops import PrefixAttention
 
@@ -122,10 +123,7 @@ def prefix_attention(
             f"scale must be at most {1 / precision.eps:.3g} in size for {q.dtype}, got {scale}: "
             "rounding would decide the result, and exponentials overflow to NaN"
         )
-    if isinstance(window_size, np.integer):
-        window_size = int(window_size)
-    if window_size is not None and (type(window_size) is not int or window_size < 1):
-        raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
+    window_size = window(window_size)
     if window_size is not None and window_size >= layout.max_length:
         window_size = None  # it hides nothing
     if softcap is not None:
@@ -138,10 +136,10 @@ def prefix_attention(
                 f"softcap must be {1 / largest:.3g} to {largest:.3g} for {q.dtype}, got {softcap}: "
                 "scores would overflow to NaN"
             )
-    prefix_causal = _flag("prefix_causal", prefix_causal)
-    return_lse = _flag("return_lse", return_lse)
+    prefix_causal = flag("prefix_causal", prefix_causal)
+    return_lse = flag("return_lse", return_lse)
     if deterministic is not None:
-        deterministic = _flag("deterministic", deterministic, "True, False or None")
+        deterministic = flag("deterministic", deterministic, "True, False or None")
     options = [
         name
         for name, used in (
@@ -271,13 +269,6 @@ def _check_tensors(
             f"sinks must have shape ({heads},) on {q.device}, got {tuple(sinks.shape)} on "
             f"{sinks.device}"
         )
-
-
-def _flag(name: str, value: bool, allowed: str = "True or False") -> bool:
-    """A bool, also of NumPy, or an error that names the argument and its value."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return bool(value)
 
 
 def _number(name: str, value: float) -> float:

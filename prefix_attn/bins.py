@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from prefix_attn.checks import int_array, shown
+from prefix_attn.checks import int_array, positive_int, shown
 from prefix_attn.forest import Forest
 from prefix_attn.radix import find_prefixes
 
@@ -53,9 +53,9 @@ def pack_bins(
     if isinstance(sequences, (str, bytes)) or not isinstance(sequences, Iterable):
         raise ValueError(f"sequences must be lists of token ids, got {shown(sequences)}")
     arrays = [int_array(f"sequences[{i}]", s) for i, s in enumerate(sequences)]
-    _check_positive("max_tokens", max_tokens)
+    positive_int("max_tokens", max_tokens)
     if num_bins is not None:
-        _check_positive("num_bins", num_bins)
+        positive_int("num_bins", num_bins)
     for i, ids in enumerate(arrays):
         if len(ids) > max_tokens:
             raise ValueError(
@@ -82,11 +82,6 @@ def pack_bins(
         cuts = best.more_cuts(cuts, num_bins)
     bounds = [0, *cuts, len(arrays)]
     return [best.order[a:b] for a, b in pairwise(bounds)]
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class _Walk:

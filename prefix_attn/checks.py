@@ -1,4 +1,4 @@
-"""Checks of the lists that callers pass; errors name the entry that is wrong."""
+"""Checks of integers, flags and lists that callers pass; errors name the entry that is wrong."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ import numpy as np
 from torch import Tensor
 
 INT64_MAX = 2**63 - 1
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, also of NumPy, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def positive_int(name: str, value: Any, allowed: str = "a positive integer") -> int:
+    """An integer from 1 on, or an error that names the argument and its value."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
+
+
+def window(value: Any) -> int | None:
+    """The `window_size` of a call."""
+    if value is None:
+        return None
+    return positive_int("window_size", value, "a positive integer or None")
+
+
+def flag(name: str, value: Any, allowed: str = "True or False") -> bool:
+    """A bool, also of NumPy, or an error that names the argument and its value."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return bool(value)
 
 
 def is_list(value: Any) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_attn.checks import bool_array, int_array, is_list, shown
+from prefix_attn.checks import bool_array, flag, int_array, is_integer, is_list, shown, window
 from prefix_attn.forest import HAS_QUERIES, SEES_ITSELF, Forest
 from prefix_attn.radix import find_prefixes
 
@@ -398,7 +398,7 @@ class PrefixLayout:
     @outside_inference_mode
     def sequence_rows(self, i: int) -> Tensor:
         """Packed rows of sequence i from root to leaf: (L_i,) int64."""
-        if not _is_integer(i) or not 0 <= i < self.num_sequences:
+        if not is_integer(i) or not 0 <= i < self.num_sequences:
             raise ValueError(f"sequence {i!r} does not exist, there are {self.num_sequences}")
         rows = self.forest.path_rows(int(self.sequence_leaves[i]))
         return torch.from_numpy(rows).to(self.device)
@@ -491,11 +491,7 @@ class PrefixLayout:
         Raises:
             ValueError: if window_size is not a positive integer, or prefix_causal not a bool.
         """
-        if window_size is not None and not (_is_integer(window_size) and window_size >= 1):
-            raise ValueError(f"window_size must be a positive integer or None, got {window_size!r}")
-        if not isinstance(prefix_causal, (bool, np.bool_)):
-            raise ValueError(f"prefix_causal must be True or False, got {prefix_causal!r}")
-        window_size = None if window_size is None else int(window_size)
+        window_size, prefix_causal = window(window_size), flag("prefix_causal", prefix_causal)
         subtree_end, position = self.subtree_end, self.position_ids
         rows = self.query_rows if self.num_queries < self.num_tokens else None
         seen_from = self.seen_from if prefix_causal else self._seen_from
@@ -570,7 +566,3 @@ def _device(device: Any) -> torch.device:
         return torch.device(int(device) if isinstance(device, np.integer) else device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a device or its name, got {device!r}") from error
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
