@@ -463,7 +463,7 @@ class BackwardTables:
     """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule`.
 
     `order` is the list of `backward_order`; `key_items`, `rows` and `splits` are of `KeyTiles`, the
-    last three of `QueryTiles`; `rule` is that of `ForwardTables`.
+    last three of `QueryTiles`, empty if fused; `rule` is that of `ForwardTables`.
     """
 
     rule: torch.Tensor

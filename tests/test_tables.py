@@ -64,9 +64,10 @@ def test_tables_hold_the_schedules(window_size, fused):
         ("key_items", keys.items),
         ("rows", keys.queries),
         ("splits", keys.splits),
-        ("query_items", queries.items),
-        ("columns", queries.columns),
-        ("masked", queries.masked),
+        # Where key tiles add up dQ, no query tile is launched.
+        ("query_items", queries.items[: 0 if fused else None]),
+        ("columns", queries.columns[: 0 if fused else None]),
+        ("masked", queries.masked[: 0 if fused else None]),
     ):
         assert np.array_equal(getattr(backward, name), expected), name
     assert backward.num_slots == keys.num_slots > 0

@@ -105,6 +105,12 @@ class Tables:
             group=wanted.group,
             processors=config.processors,
         )
+        arrays = [keys.items, keys.queries, keys.splits]
+        if wanted.fused:  # key tiles alone are launched, and are the longest first already
+            count = len(keys.items)
+            order = np.stack([np.arange(count), np.zeros(count)], axis=1)
+            none = (np.empty((0, 9)), np.empty(0), np.empty((0, 2)))
+            return [order, *arrays, *none], keys.num_slots
         sizes = [(x.block_m, x.block_n) for x in (config.forward, config.queries)]
         if forward is None or sizes[0] != sizes[1]:
             queries = self._query_tiles(config.queries)
@@ -113,10 +119,8 @@ class Tables:
         order, _ = schedule.backward_order(
             keys, queries, config.keys.area, config.queries.area, wanted.group
         )
-        if wanted.fused:
-            order = order[order[:, 0] < len(keys.items)]
-        arrays = [order, keys.items, keys.queries, keys.splits]
-        return [*arrays, queries.items, queries.columns, queries.masked], keys.num_slots
+        of_queries = [queries.items, queries.columns, queries.masked]
+        return [order, *arrays, *of_queries], keys.num_slots
 
     def _as_backward(self, copies: Sequence[Tensor], num_slots: int) -> BackwardTables:
         order, key_items, rows, splits, query_items, columns, masked = copies
