@@ -23,7 +23,7 @@ from prefix_attn.layout import PrefixLayout, outside_inference_mode
 # Segments up to this length run in one batch: chunked scans pad to it anyway.
 CHUNK = 64
 
-# (parts, initial_states, lengths) -> (out, final_states)
+# (parts, initial_states, lengths or bounds) -> (out, final_states)
 Step = Callable[[Sequence[Tensor], Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
 
 Out = TypeVar("Out", Tensor, tuple[Tensor, ...])
@@ -97,7 +97,9 @@ def fork_states(
         inputs: tensors (T, ...) on the packed axis.
         layout: of T tokens.
         padded: False calls `step` with parts (M, ...) instead, the M rows of its segments end to
-            end, for kernels that take the bounds of sequences; out is (M, ...) as well.
+            end, and with their bounds (n + 1,) int32 in the place of lengths: 0, where the first
+            one ends, and so on up to M. out is (M, ...) as well. The bounds are the same tensor in
+            every call with the layout, by which kernels may know them again.
 
     Returns:
         (T, ...) what `step` computed for each row.
@@ -125,12 +127,12 @@ def fork_states(
         for call in level:
             parts = [x[call.at] for x in cut]
             if padded:
-                parts = [x.unflatten(0, (len(call.lengths), -1)) for x in parts]
+                parts = [x.unflatten(0, (len(call.extents), -1)) for x in parts]
             states = None
             if call.parents is not None:
                 assert above is not None
                 states = HandBack.apply(above, call.parents)
-            out, final = step(parts, states, call.lengths)
+            out, final = step(parts, states, call.extents)
             outs.append(out.flatten(0, 1) if padded else out)
             if call.continued is not None:
                 if final is None:
@@ -146,14 +148,14 @@ class _Call:
 
     Attributes:
         at: which part of the moved row they are.
-        lengths: (n,) int64.
+        extents: (n,) int64 lengths where they are padded, else (n + 1,) int32 bounds.
         parents: (n,) int64, where among the states that the level above hands on theirs is; None
             at the roots.
         continued: (m,) int64, those of the n whose final state is handed on, None if there is none.
     """
 
     at: int
-    lengths: Tensor
+    extents: Tensor
     parents: Tensor | None
     continued: Tensor | None
 
@@ -320,6 +322,7 @@ class _Tables:
         depth_of = np.array(depths, dtype=np.int64)
         state_of = np.full(len(segments), -1)  # among the states that a level hands on
         source: list[np.ndarray] = []
+        sizes: list[int] = []
         levels: list[list[_Call]] = []
         for depth in range(max(depths, default=-1) + 1):
             level = np.flatnonzero(depth_of == depth)
@@ -329,25 +332,23 @@ class _Tables:
                 continued = np.flatnonzero(is_continued[batch])
                 state_of[batch[continued]] = handed_on + np.arange(len(continued))
                 handed_on += len(continued)
-                size = lengths[batch].max() if padded else 0
+                mine = lengths[batch]
+                size = mine.max() if padded else 0
                 for segment in batch:
                     rows = np.arange(starts[segment], starts[segment] + lengths[segment])
                     source += [rows, np.full(max(size - len(rows), 0), -1)]
+                bounds = np.cumsum([0, *mine])
                 calls.append(
                     _Call(
-                        at=sum(map(len, levels)) + len(calls),
-                        lengths=self._tensor(lengths[batch]),
+                        at=len(sizes),
+                        extents=self._tensor(mine) if padded else self._tensor(bounds).int(),
                         parents=self._tensor(state_of[parents[batch]]) if depth else None,
                         continued=self._tensor(continued) if len(continued) else None,
                     )
                 )
+                sizes.append(int(len(batch) * size if padded else bounds[-1]))
             levels.append(calls)
         flat = np.concatenate([*source, np.empty(0, dtype=np.int64)])
-        sizes = [
-            int(len(call.lengths) * call.lengths.max() if padded else call.lengths.sum())
-            for level_calls in levels
-            for call in level_calls
-        ]
         return _Waves(
             source=self._tensor(flat),
             place=self._tensor(_inverse(flat, self._forest.num_tokens)),

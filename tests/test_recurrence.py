@@ -42,9 +42,9 @@ def step(parts, states, lengths):
     return scan(x, torch.zeros_like(x[:, 0]) if states is None else states, lengths)
 
 
-def step_end_to_end(parts, states, lengths):
+def step_end_to_end(parts, states, bounds):
     """The same for segments that lie end to end, as kernels with bounds take them."""
-    outs, finals = [], []
+    outs, finals, lengths = [], [], bounds.diff()
     for i, cut in enumerate(zip(*(x.split(lengths.tolist()) for x in parts), strict=True)):
         given = None if states is None else states[i : i + 1]
         out, final = step([x[None] for x in cut], given, lengths[i : i + 1])
@@ -146,16 +146,19 @@ def test_fork_states_pads_no_segment_to_more_than_twice_its_length():
 
 def test_fork_states_runs_one_call_per_depth_where_bounds_are_known():
     layout = PrefixLayout.from_tree([4, 2, 1, 3, 5], [-1, 0, 1, 1, 0])
-    calls = []
+    calls, tables = [], []
 
-    def record(parts, states, lengths):
-        calls.append((lengths.tolist(), None if states is None else states.tolist()))
-        ends = lengths.cumsum(0) - 1
-        return parts[0], parts[0][ends]
+    def record(parts, states, bounds):
+        calls.append((bounds.tolist(), None if states is None else states.tolist()))
+        tables.append(bounds)
+        return parts[0], parts[0][bounds[1:] - 1]
 
     rows = torch.arange(layout.num_tokens)
-    fork_states(record, [rows], layout, padded=False)
-    assert calls == [([4], None), ([2, 5], [3, 3]), ([1, 3], [5, 5])]
+    for _ in range(2):  # layers: kernels know bounds again by the tensor itself
+        fork_states(record, [rows], layout, padded=False)
+    assert calls == 2 * [([0, 4], None), ([0, 2, 7], [3, 3]), ([0, 1, 4], [5, 5])]
+    assert {x.dtype for x in tables} == {torch.int32}
+    assert all(a is b for a, b in zip(tables[:3], tables[3:], strict=True))
 
 
 def test_whole_sequences_hands_back_tuples():

@@ -124,13 +124,12 @@ def delta_rule(
     check_kernel(original, _delta_step, (query, key, value, g, beta), options, _draw_delta)
 
     def step(
-        parts: Sequence[Tensor], states: Tensor | None, lengths: Tensor
+        parts: Sequence[Tensor], states: Tensor | None, extents: Tensor
     ) -> tuple[Tensor, Tensor]:
         if not bounds:
             return _delta_step(original, parts, states, options)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
         out, final = _delta_step(
-            original, [x[None] for x in parts], states, {**options, "cu_seqlens": ends}
+            original, [x[None] for x in parts], states, {**options, "cu_seqlens": extents}
         )
         return out[0], final
 
