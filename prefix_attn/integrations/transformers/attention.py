@@ -29,6 +29,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_attn.api import prefix_attention
 from prefix_attn.integrations import OLDEST_TRANSFORMERS
+from prefix_attn.integrations.transformers.blocks import (
+    AND,
+    BLOCKS,
+    CAUSAL,
+    OR,
+    REMAPPED,
+    SEVERAL,
+    WINDOW,
+)
+from prefix_attn.integrations.transformers.code_names import closure_of
 from prefix_attn.integrations.transformers.labels import check_labels, serve_labels
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.micro import PassLayout
@@ -67,15 +77,7 @@ MIXER_LAYER_TYPES = frozenset(
 followed: weakref.WeakSet[PrefixLayout] = weakref.WeakSet()
 
 # Mask functions of transformers that a layout stands for, by name: chunks are told by local_size.
-LAYOUT_RULES = frozenset(
-    {
-        "causal_mask_function",
-        "sliding_window_overlay.<locals>.inner_mask",
-        "chunked_overlay.<locals>.inner_mask",
-        "packed_sequence_mask_function.<locals>.inner_mask",
-    }
-)
-
+LAYOUT_RULES = frozenset({CAUSAL, WINDOW, SEVERAL, "chunked_overlay.<locals>.inner_mask"})
 
 RANGE = (
     "has rotary frequencies that depend on the largest position of the batch, which no rank sees "
@@ -279,14 +281,12 @@ def _function_adds_rules(function: Callable[..., Any]) -> bool:
     """Looks through the closures that transformers combines mask functions with."""
     if not inspect.isfunction(function) or function.__module__ != masking_utils.__name__:
         return True
-    name = function.__qualname__
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    bound = {variable: cell.cell_contents for variable, cell in cells}
-    if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+    name, bound = function.__qualname__, closure_of(function)
+    if name in (AND, OR):
         return any(_function_adds_rules(part) for part in bound["mask_functions"])
-    if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+    if name == REMAPPED:
         return _function_adds_rules(bound["mask_function"])
-    if name == "blockwise_overlay.<locals>.inner_mask":  # images that see all of themselves
+    if name == BLOCKS:  # images that see all of themselves
         return bool((bound["block_sequence_ids"] >= 0).any())
     return name not in LAYOUT_RULES
 
@@ -297,9 +297,9 @@ def splits_rows(mask: LazyMask) -> bool:
     while functions:
         function = functions.pop()
         if inspect.isfunction(function):
-            if function.__qualname__ == "packed_sequence_mask_function.<locals>.inner_mask":
+            if function.__qualname__ == SEVERAL:
                 return True
-            cells = [cell.cell_contents for cell in function.__closure__ or ()]
+            cells = closure_of(function).values()
             functions += [part for x in cells for part in (x if isinstance(x, tuple) else (x,))]
     return False
 

@@ -15,7 +15,10 @@ from typing import Any
 from torch import Tensor
 from transformers import masking_utils
 
-PLAIN = frozenset({"causal_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"})
+from prefix_attn.integrations.transformers.code_names import closure_of
+
+CAUSAL = "causal_mask_function"
+SEVERAL = "packed_sequence_mask_function.<locals>.inner_mask"  # sequences in a row
 WINDOW = "sliding_window_overlay.<locals>.inner_mask"
 BLOCKS = "blockwise_overlay.<locals>.inner_mask"
 REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
@@ -48,10 +51,8 @@ def blocks_of(function: Callable[..., Any] | None) -> Blocks | None:
 def _read(function: Callable[..., Any] | None) -> Blocks | None:
     if not inspect.isfunction(function) or function.__module__ != masking_utils.__name__:
         return None
-    name = function.__qualname__
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    bound = {variable: cell.cell_contents for variable, cell in cells}
-    if name in PLAIN:
+    name, bound = function.__qualname__, closure_of(function)
+    if name in (CAUSAL, SEVERAL):
         return Blocks()
     if name == WINDOW:
         return Blocks(window=True)

@@ -1,4 +1,4 @@
-"""Which names the code of a module's class uses: what tells attention from a recurrence."""
+"""Which names code uses and functions hold: what tells attention from a recurrence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ def _code_names(cls: Any) -> CodeNames:
                 elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                     attributes.add(instruction.argval)
     return CodeNames(loaded, frozenset(attributes))
+
+
+def closure_of(function: FunctionType) -> dict[str, Any]:
+    """What a function holds of the one that made it, by name."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {variable: cell.cell_contents for variable, cell in cells}
 
 
 def calls_attention(module: torch.nn.Module) -> bool:

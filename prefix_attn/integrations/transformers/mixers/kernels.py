@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_attn.integrations.transformers.code_names import closure_of
+
 # One run over `parts` from `states`: (function, parts, states, options) -> (out, final states)
 RunStep = Callable[..., tuple[Tensor, Tensor]]
 
@@ -22,8 +24,7 @@ def implementation_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """What transformers chose for one of its functions when it was imported: a kernel, or torch."""
     if not inspect.isfunction(function):
         return function
-    bound = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    chosen = {name: cell.cell_contents for name, cell in bound}.get("implementation", function)
+    chosen = closure_of(function).get("implementation", function)
     assert callable(chosen)
     return chosen
 
