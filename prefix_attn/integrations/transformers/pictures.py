@@ -20,14 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from prefix_attn.integrations.packing import (
-    HandBack,
-    PassThroughError,
-    bits_of,
-    checksums,
-)
+from prefix_attn.integrations.packing import PassThroughError, bits_of, checksums
 from prefix_attn.integrations.transformers.attention import HARMLESS
 from prefix_attn.integrations.transformers.decoder import Weak
+from prefix_attn.recurrence import HandBack
 
 METHODS = ("get_image_features", "get_video_features")
 # Types of models whose pictures are told apart below; the tests compare each with ordinary batches.
@@ -238,7 +234,7 @@ def _read(model: PreTrainedModel, call: dict[str, Any], harmless: frozenset[str]
     if places is None:
         return _Pictures(parts, sizes)
     filled = (places != -1).all(-1).sum(-1)
-    return _Pictures(parts, [int(x.sum()) for x in filled.split(sizes)])
+    return _Pictures(parts, [int(x.sum()) for x in filled.cpu().split(sizes)])
 
 
 def _sizes(name: str, pixels: Tensor, others: dict[str, Tensor]) -> list[int]:
