@@ -55,6 +55,9 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 SDPA_NAME = "prefix_attn"
 EAGER_NAME = "prefix_attn_eager"
 
+# Keywords that tell flash attention where the sequences of a row lie: a layout says the same.
+ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 # Tensors that models hand to attention and that do not change its result.
 HARMLESS = frozenset(
     {

@@ -23,6 +23,7 @@ from prefix_attn.integrations.packing import (
 from prefix_attn.integrations.transformers.attention import (
     EAGER_NAME,
     HARMLESS,
+    ROW_KEYWORDS,
     SDPA_NAME,
     LazyMask,
     PackedMask,
@@ -63,8 +64,6 @@ PICTURE_POSITIONS = frozenset(
 # Decoders that read left padding as tokens, in transformers itself.
 READS_LEFT_PADDING = frozenset({"recurrent_gemma"})
 
-# Keywords of packed rows for flash attention: the layout says the same.
-ROW_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Keywords for the head: a decoder that knows one would drop packed rows.
 HEAD_KEYWORDS = ("labels", "shift_labels", "logits_to_keep")
 LEFT_OUT = frozenset({*ROW_KEYWORDS, *HEAD_KEYWORDS})
@@ -166,7 +165,7 @@ def token_keywords_of(
 
 def plain_mask(mask: Any) -> Any:
     """The (B, L) mask from which an outer model made the masks of the decoder's layers."""
-    made = list(mask.values()) if isinstance(mask, dict) else [mask]
+    made = list(layer_masks(mask).values())
     if not made or not all(isinstance(one, LazyMask) for one in made):
         return mask
     first, *others = (one.arguments.get("attention_mask") for one in made)
@@ -260,8 +259,8 @@ def _split(backbone: PreTrainedModel, kwargs: dict[str, Any], positions: Tensor 
     if _ran_flash(backbone):
         return Split.RESTARTS
     if made is not None:  # masks of an outer model, which may not know of the cache
-        masks = made.values() if isinstance(made, dict) else [made]
-        return Split.JUMPS if all(splits_rows(mask) for mask in masks) else Split.NEVER
+        several = all(splits_rows(mask) for mask in layer_masks(made).values())
+        return Split.JUMPS if several else Split.NEVER
     if makes_cache(backbone, kwargs):
         return Split.NEVER
     return Split.RESTARTS if model_type in MASKS_WITHOUT_POSITIONS else Split.JUMPS

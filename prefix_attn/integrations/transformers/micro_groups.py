@@ -16,26 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from prefix_attn.integrations.packing import (
-    HandBack,
-    Packing,
-    PassThroughError,
-    joint_ids,
-)
+from prefix_attn.integrations.packing import Packing, PassThroughError, joint_ids
 from prefix_attn.integrations.ranks import sharing_groups, told_by_all
-from prefix_attn.integrations.transformers.attention import PackedMask
-from prefix_attn.integrations.transformers.calls import (
-    HANDLED,
-    ROW_KEYWORDS,
-    as_asked,
-    find_packing,
-)
+from prefix_attn.integrations.transformers.attention import ROW_KEYWORDS, PackedMask
+from prefix_attn.integrations.transformers.calls import HANDLED, as_asked, find_packing
 from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.enable import check_once
 from prefix_attn.integrations.transformers.micro_refusals import recomputes, refuse_unserved
 from prefix_attn.integrations.transformers.token_keywords import KNOWN
 from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan
 from prefix_attn.radix import find_prefixes
+from prefix_attn.recurrence import HandBack
 
 READ = ("input_ids", "attention_mask", "position_ids", *ROW_KEYWORDS)  # of an announced batch
 

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from prefix_attn.integrations.transformers.attention import LazyMask, PackedMask, followed
+from prefix_attn.integrations.transformers.attention import (
+    ROW_KEYWORDS,
+    LazyMask,
+    PackedMask,
+    followed,
+)
 from prefix_attn.integrations.transformers.code_names import code_names
 from prefix_attn.integrations.transformers.decoder import Weak
 from prefix_attn.integrations.transformers.mixers.find import find_mixers
@@ -22,9 +27,7 @@ from prefix_attn.layout import PrefixLayout
 from prefix_attn.recurrence import whole_sequences
 
 # What tells mixers where the sequences of a row begin: the layout says it instead.
-ROW_KEYWORDS = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-)
+BOUNDS = frozenset({*ROW_KEYWORDS, "seq_idx"})
 
 # Projections of a mixer whose input no longer depends on what its padding was projected to.
 BEHIND_FUNCTIONS = frozenset({"dt_proj", "o_proj", "out_proj"})
@@ -237,7 +240,7 @@ def _take_layout(
             layout = value.layout
     if layout is None:
         return None, args, kwargs
-    left_out = ROW_KEYWORDS | {"prefix_layout"}
+    left_out = BOUNDS | {"prefix_layout"}
     kept = {name: value for name, value in kwargs.items() if name not in left_out}
     return layout, tuple(map(_unmasked, args)), {n: _unmasked(x) for n, x in kept.items()}
 
