@@ -355,7 +355,7 @@ def _packed_call(
         call["position_ids"] = (packing.source_index % shape[1])[None]
     else:
         call["position_ids"] = packing.pack(position_ids.expand(*position_ids.shape[:-2], *shape))
-    held = token_keywords_of(backbone, kwargs, shape)
+    held = TokenKeywords.read(kwargs, backbone._prefix_attn.token_keywords)
     call |= held.pack(packing)
     call.update(
         attention_mask=_packed_masks(kwargs.get("attention_mask"), packing, HARMLESS | held.names),

@@ -77,7 +77,7 @@ class TokenKeywords:
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], names: Iterable[str], shape: torch.Size) -> TokenKeywords:
-        """Reads a call.
+        """Reads a call and checks it.
 
         Args:
             kwargs: of the call.
@@ -88,22 +88,26 @@ class TokenKeywords:
             ValueError: if a keyword that the caller named has no entry for each token.
             PassThroughError: if another one has not, or if its own gradient is wanted.
         """
-        tensors = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        for name, x in tensors.items():
-            if not isinstance(x, Tensor) or x.shape[:2] != shape:
+        for name in names:
+            x = kwargs.get(name)
+            if x is not None and (not isinstance(x, Tensor) or x.shape[:2] != shape):
                 found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
                     f"{name} is a token keyword and must have shape ({shape[0]}, {shape[1]}, ...), "
                     f"got {found}"
                 )
-        tensors |= {name: kwargs[name] for name in KNOWN if kwargs.get(name) is not None}
-        places, features = kwargs.get(PLACES), kwargs.get(FEATURES)
-        if (places is None) != (features is None):
+        if (kwargs.get(PLACES) is None) != (kwargs.get(FEATURES) is None):
             raise PassThroughError(f"only one of {PLACES} and {FEATURES}")
-        held = cls(tensors, places, list(features or []))
+        held = cls.read(kwargs, names)
         held._check_shapes(shape)
         held._check_gradients(shape)
         return held
+
+    @classmethod
+    def read(cls, kwargs: dict[str, Any], names: Iterable[str]) -> TokenKeywords:
+        """Reads a call that was checked before: the checks wait for the device."""
+        tensors = {n: kwargs[n] for n in (*names, *KNOWN) if kwargs.get(n) is not None}
+        return cls(tensors, kwargs.get(PLACES), list(kwargs.get(FEATURES) or []))
 
     @property
     def names(self) -> frozenset[str]:
