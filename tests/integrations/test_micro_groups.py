@@ -407,12 +407,13 @@ def test_micro_groups_let_optimizers_step_between_closed_prefixes():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    with micro_groups(model, batches, min_tokens=1):
+    with micro_groups(model, batches, min_tokens=1) as run:
         for i, batch in enumerate(batches):
             loss_of(model, batch).backward()
             other.step()
             if i == 1:
                 optimizer.step()
+    assert run.num_prefixes == 2  # one is closed by batch 1, one opened by batch 2
 
 
 def test_micro_groups_take_batches_from_a_buffer_that_is_filled_again():

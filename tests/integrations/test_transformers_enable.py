@@ -153,6 +153,8 @@ def test_generation_does_not_count_towards_the_warning(model, batch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(**pad(rows_that_share(), "left"), max_new_tokens=WARN_AFTER + 5)
+    passed = prefix_attn.stats(model).passed_through
+    assert passed == {"past_key_values or use_cache=True": WARN_AFTER + 5}
 
 
 def test_stats_of_a_model_that_is_not_enabled_are_refused(model):
