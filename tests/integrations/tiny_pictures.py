@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.integrations.tiny_hybrids import DELTA
 from tests.integrations.tiny_models import VOCAB, pad, tiny_config
 
 PICTURE, START, END, VIDEO, AUDIO = (VOCAB - i for i in range(1, 6))
@@ -43,14 +44,6 @@ MIXTURE = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
-}
-RECURRENT = {  # one layer in two
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
 }
 IDS = {
     "image_token_id": PICTURE,
@@ -126,7 +119,7 @@ def _grids(model_type: str, side: str, differ: bool, video: bool) -> tuple[Any, 
         del tower["out_hidden_size"], tower["intermediate_size"]
     elif model_type.startswith("qwen3_5"):
         tower["num_position_embeddings"] = 64
-        text |= RECURRENT
+        text |= DELTA
         rope["partial_rotary_factor"] = 1.0
     elif model_type.startswith("qwen3"):
         tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
