@@ -229,7 +229,7 @@ class RowExchange:
         self.group = group
         self.sent = [len(rows) for rows in own]
         self.received = [len(rows) for rows in got]
-        self.places = [torch.from_numpy(place[rows]).to(device) for rows in own]
+        self.places = torch.from_numpy(place[np.concatenate(own)]).to(device)
         self.order = torch.from_numpy(order).to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, exchange: RowExchange) -> Tensor:
         """x (n, ...) -> (m, ...)."""
         ctx.exchange, ctx.rows = exchange, x.shape[0]
-        parts = x[torch.cat(exchange.places)]
+        parts = x[exchange.places]
         got = x.new_empty(sum(exchange.received), *x.shape[1:])
         dist.all_to_all_single(got, parts, exchange.received, exchange.sent, group=exchange.group)
         return got[exchange.order]
@@ -261,7 +261,8 @@ class _Exchange(torch.autograd.Function):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.rows, *grad.shape[1:], dtype=dtype, device=grad.device)
         # One rank after the other: a row is there at most once in each, so the order is fixed.
-        for places, part in zip(exchange.places, got.split(exchange.sent), strict=True):
+        each = zip(exchange.places.split(exchange.sent), got.split(exchange.sent), strict=True)
+        for places, part in each:
             total[places] += part
         return total.to(grad.dtype), None
 
