@@ -323,6 +323,15 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return np.unique(x, return_inverse=True)[1].reshape(x.shape)
 
 
+def holds_tokens(value: Any) -> bool:
+    """Whether an argument may hold something for each token."""
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(holds_tokens(v) for v in value)
+
+
 def content_of(embeddings: Tensor) -> Tensor:
     """(B, L, H) -> (B, L) int64, equal where embeddings are, bit for bit.
 

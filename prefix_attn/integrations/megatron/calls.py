@@ -19,6 +19,7 @@ from prefix_attn.integrations.packing import (
     check_content,
     content_of,
     gradient_is_wanted,
+    holds_tokens,
     pack_batch,
 )
 
@@ -71,8 +72,7 @@ def find_row(
     if any(kwargs.get(name) is not None for name in ("inference_context", "inference_params")):
         raise PassThroughError(INFERENCE)
     for name, value in kwargs.items():
-        leaves = () if name in HANDLED else tree_leaves(value)
-        if any(isinstance(x, Tensor) and x.numel() > 1 for x in leaves):
+        if name not in HANDLED and holds_tokens(value):
             raise PassThroughError(f"the keyword {name}")
     ids = call.get("input_ids")
     by_ids = model.decoder.pre_process and call.get("decoder_input") is None

@@ -18,6 +18,7 @@ from prefix_attn.integrations.packing import (
     check_content,
     content_of,
     gradient_is_wanted,
+    holds_tokens,
     pack_batch,
 )
 from prefix_attn.integrations.transformers.attention import (
@@ -117,7 +118,7 @@ def find_packing(
     shape = tokens.shape[:2]
     held = token_keywords_of(backbone, kwargs, shape)
     for name, value in kwargs.items():
-        if name not in HANDLED and name not in held.names and _holds_tokens(value):
+        if name not in HANDLED and name not in held.names and holds_tokens(value):
             raise PassThroughError(f"the keyword {name}")
     blocks, longest_block = _blocks(backbone, kwargs.get("attention_mask"), shape)
     if blocks is None and is_causal_by_mask(backbone.config):
@@ -233,15 +234,6 @@ def as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
     if position_ids.dim() == 3 and len(kinds) not in (3, 4):
         raise PassThroughError("position_ids have an unknown shape")
     return kinds.expand(-1, shape[0], -1)
-
-
-def _holds_tokens(value: Any) -> bool:
-    """Whether a keyword may hold something for each token."""
-    if isinstance(value, Tensor):
-        return value.numel() > 1
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, (list, tuple)) and any(_holds_tokens(v) for v in value)
 
 
 def _ran_flash(backbone: PreTrainedModel) -> bool:
