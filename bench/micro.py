@@ -12,7 +12,6 @@ import argparse
 import csv
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from bench import tables
 from bench.facts import environment
 from bench.measure import MIN_ROUNDS, peak_memory
 from prefix_attn.testing import compare
-from prefix_attn.timing import Clock, Quantiles, interleaved, rounds
+from prefix_attn.timing import Clock, Quantiles, interleaved, processor_seconds, rounds
 
 PREFIX, SUFFIX, AT_A_TIME, LAYERS, HEAD_DIM, VOCABULARY = 512, 64, 4, 4, 64, 1000
 GROUPS = (8, 16, 32, 64)
@@ -181,13 +180,6 @@ def times(
         tick(f"round {index + 1}/{most_rounds} {point.provider}")
         samples[point].append(seconds(partial(steps[point], point.group)))
     return {point: Quantiles.from_seconds(found) for point, found in samples.items()}
-
-
-def processor_seconds(run: Callable[[], object]) -> float:
-    """Seconds that the processors spend on this process in one call."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def run(

@@ -7,14 +7,14 @@ turns. Seconds are those of the process on one thread, which other programs dist
 from __future__ import annotations
 
 import math
-import time
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
 import prefix_attn
-from prefix_attn.timing import Quantiles
+from prefix_attn.timing import Quantiles, interleaved, processor_seconds
 
 MEMBERS, COMPLETION, TEXT = 8, 64, 24
 GRID = (1, 24, 24)  # patches of the picture; four of them are one token
@@ -78,14 +78,11 @@ def make_batch() -> dict[str, Any]:
     }
 
 
-def update(model: Any, batch: dict[str, Any]) -> float:
-    """Seconds of the processor for one forward and backward pass."""
-    model.zero_grad()
-    start = time.process_time()
+def update(model: Any, batch: dict[str, Any]) -> None:
+    """One forward and backward pass."""
     logits = model(**batch, use_cache=False, logits_to_keep=COMPLETION + 1).logits
     chosen = batch["input_ids"][:, -COMPLETION:, None]
     logits[:, :-1].log_softmax(-1).gather(2, chosen).mean().backward()
-    return time.process_time() - start
 
 
 def main() -> None:
@@ -96,13 +93,12 @@ def main() -> None:
     tokens = batch["input_ids"].shape[1]
     print(f"{MEMBERS} rows of {tokens} tokens, median (p20-p80) of {ROUNDS} updates in ms")
     for frozen in (False, True):
-        models = [make_model(way, frozen=frozen) for way in WAYS]
+        models = {way: make_model(way, frozen=frozen) for way in WAYS}
         samples: dict[str, list[float]] = {way: [] for way in WAYS}
-        for model in models:
+        for model in models.values():
             update(model, batch)
-        for _ in range(ROUNDS):
-            for way, model in zip(WAYS, models, strict=True):
-                samples[way].append(update(model, batch))
+        for _, way in interleaved(WAYS, range(ROUNDS)):
+            samples[way].append(processor_seconds(partial(update, models[way], batch)))
         for way in WAYS:
             t = Quantiles.from_seconds(samples[way])
             tower = "frozen" if frozen else "trained"

@@ -78,7 +78,8 @@ def markdown() -> str:
             f"{function(case, ranks) / 1e6:.0f}"
             for function in (bytes_of_heads, bytes_of_keys, bytes_of_hand_back)
         ]
-        name = f"{case.prefix}, {case.suffix}, {case.group}, {case.heads_q}/{case.heads_kv}, 128"
+        heads = f"{case.heads_q}/{case.heads_kv}, {case.head_dim}"
+        name = f"{case.prefix}, {case.suffix}, {case.group}, {heads}"
         rows.append((name, str(ranks), *numbers[:2], "keys" if keys else "heads", numbers[2]))
     return table(header, rows, "lrrrlr")
 
@@ -149,7 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.sequence_parallel", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--count", type=int, metavar="N", help="run a small case on N gloo ranks")
+    parser.add_argument(
+        "--count", type=int, choices=RANKS, help="run a small case on so many gloo ranks"
+    )
     args = parser.parse_args(arguments)
     if args.count is None:
         print(markdown())

@@ -72,6 +72,16 @@ def busy(load: float, times: Iterable[Quantiles]) -> str:
     return f"The machine was busy: {', '.join(signs)}. Measure again when it is idle."
 
 
+def processor_seconds(run: Callable[[], object]) -> float:
+    """Seconds that the processors spend on this process in one call: what else runs counts little.
+
+    On a CPU alone, since a GPU works on after the call.
+    """
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 class Clock:
     """Measures seconds on a device: of the host on a CPU, between events on CUDA.
 
