@@ -206,16 +206,20 @@ def _announce(
     if getattr(engine.model_config.hf_config, "vision_config", None) is not None:
         return "the model embeds pictures before its decoder runs"
     calls = [engine.prepare_model_inputs(batch)[0] for batch in micro_batches]
+    run, reason = None, ""
     try:
         run = micro_groups(engine.module, calls)
+        if run.tokens_held > MOST_HELD * run.tokens_apart:
+            reason = (
+                "they lie scattered over the micro-batches, and more tokens would be held at once. "
+                "Keep groups together, or set use_dynamic_bsz=true"
+            )
     except (NotImplementedError, ValueError) as error:
-        return str(error)
-    scattered = run.tokens_held > MOST_HELD * run.tokens_apart
-    if any(told_by_all(scattered, [group] if group is not None else [])):
-        return (
-            "they lie scattered over the micro-batches, and more tokens would be held at once. "
-            "Keep groups together, or set use_dynamic_bsz=true"
-        )
+        reason = str(error)
+    # Of every rank, also where only some of them share parameters: none may wait here alone.
+    told = told_by_all(reason, [group] if group is not None else [])
+    if run is None or any(told):
+        return reason or max(told)
     return run
 
 
