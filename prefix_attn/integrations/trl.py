@@ -229,7 +229,7 @@ def serve_tree_attention(
             f"tree_attention(..., {', '.join(sorted(TREE_ARGUMENTS))})"
         )
     packing.tree_attention = (
-        partial(tree_attention, mixers_follow=True) if mixers_follow else (tree_attention)
+        partial(tree_attention, mixers_follow=True) if mixers_follow else tree_attention
     )
     packing.register_tree_attention()
     if model is not None:
