@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from verl.utils import tensordict_utils
 
 import prefix_attn
 from prefix_attn import PrefixLayout, pack_bins
-from prefix_attn.integrations.verl import ENGINE, pack_alike
+from prefix_attn.integrations.transformers.micro_groups import MicroGroups
+from prefix_attn.integrations.verl import ENGINE, _announce, pack_alike
 from prefix_attn.testing import assert_within_budget
 from tests.integrations.test_verl import (  # noqa: F401
     in_float64,
@@ -292,6 +294,21 @@ def refuses_alike(rank: int) -> None:
         pack_alike(parts[: 2 if rank == 0 else 12], 79, dist.group.WORLD)
 
 
+def announces_alike(rank: int) -> None:
+    """Where one rank can't share a step, no rank does, whoever shares parameters with it."""
+
+    def plan(module: Any, calls: Any) -> Any:
+        if rank == 1:
+            raise ValueError("not on this rank")
+        return SimpleNamespace(tokens_held=1, tokens_apart=1)
+
+    settings = SimpleNamespace(enable_activation_offload=False, hf_config=None)
+    engine = SimpleNamespace(model_config=settings, module=None, prepare_model_inputs=lambda x: [x])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[MicroGroups.__module__], "micro_groups", plan)
+        assert _announce(engine, [{}, {}], dist.group.WORLD) == "not on this rank"
+
+
 def worker(rank: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -305,6 +322,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             )
             step_of_two_ranks(rank, folder, "fsdp", IN_THREES)
         refuses_alike(rank)
+        announces_alike(rank)
         dist.barrier()
     finally:
         dist.destroy_process_group()
