@@ -228,12 +228,12 @@ def serve_tree_attention(
             "trl.experimental.async_grpo.packing should define register_tree_attention and "
             f"tree_attention(..., {', '.join(sorted(TREE_ARGUMENTS))})"
         )
+    if model is not None:  # before anything changes, since it may be refused
+        _serve_mixers(decoder_of(model))
     packing.tree_attention = (
         partial(tree_attention, mixers_follow=True) if mixers_follow else tree_attention
     )
     packing.register_tree_attention()
-    if model is not None:
-        _serve_mixers(decoder_of(model))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -693,9 +694,13 @@ def test_hybrid_models_that_nobody_serves_are_refused(hybrid: nn.Module) -> None
 
 
 @pytest.mark.usefixtures("served")
-def test_enabled_models_are_not_served_as_tries(hybrid: nn.Module) -> None:
+def test_enabled_models_are_not_served_as_tries(
+    hybrid: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hybrid.set_attn_implementation("sdpa")
     prefix_attn.enable(hybrid)
+    refused = partial(pytest.fail, "TRL was changed before the model was refused")
+    monkeypatch.setattr(packing, "register_tree_attention", refused)
     with pytest.raises(ValueError, match="Qwen3_5TextModel is enabled, but AsyncGRPO packs rows"):
         serve_tree_attention(hybrid)
 

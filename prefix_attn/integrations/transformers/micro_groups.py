@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from prefix_attn.checks import is_integer
 from prefix_attn.integrations.packing import Packing, PassThroughError, joint_ids
 from prefix_attn.integrations.ranks import sharing_groups, told_by_all
 from prefix_attn.integrations.transformers.attention import ROW_KEYWORDS, PackedMask
@@ -120,8 +121,7 @@ class MicroGroups:
                 "micro-groups do not support sequence parallelism: call enable without a "
                 "sequence_parallel_group"
             )
-        known = isinstance(min_tokens, (int, np.integer)) and not isinstance(min_tokens, bool)
-        if not known or min_tokens < 0:
+        if not is_integer(min_tokens) or min_tokens < 0:
             raise ValueError(f"min_tokens must be a number of tokens, got {min_tokens!r}")
         refuse_unserved(model, self._backbone)
         self._groups = [process_group] if process_group is not None else sharing_groups(model)
