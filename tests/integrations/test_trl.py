@@ -700,8 +700,9 @@ def test_enabled_models_are_not_served_as_tries(
     hybrid.set_attn_implementation("sdpa")
     prefix_attn.enable(hybrid)
     refused = partial(pytest.fail, "TRL was changed before the model was refused")
-    monkeypatch.setattr(packing, "register_tree_attention", refused)
-    with pytest.raises(ValueError, match="Qwen3_5TextModel is enabled, but AsyncGRPO packs rows"):
+    message = "Qwen3_5TextModel is enabled, but AsyncGRPO packs rows"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(packing, "register_tree_attention", refused)
         serve_tree_attention(hybrid)
 
 
