@@ -13,6 +13,7 @@ import prefix_attn  # noqa: E402
 from prefix_attn.integrations.packing import SINGLE  # noqa: E402
 from prefix_attn.integrations.transformers.calls import (  # noqa: E402
     JUMPS_IN_CACHE,
+    JUMPS_UNREAD,
     MASKS_WITHOUT_POSITIONS,
 )
 from tests.integrations.test_transformers_enable import ROUNDING, vision_model  # noqa: E402
@@ -301,3 +302,13 @@ def test_reasons_tell_a_single_sequence_from_a_row_with_a_cache():
     model(**as_row(rows_that_share()))
     model(**batch_of("one row from 7"))
     assert dict(prefix_attn.stats(model).passed_through) == {JUMPS_IN_CACHE: 1, SINGLE: 1}
+
+
+def test_reasons_tell_a_model_that_alone_reads_one_sequence():
+    places = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    config = tiny_config("qwen2_vl_text", rope_parameters=places)
+    model = prefix_attn.enable(transformers.AutoModel.from_config(config))
+    row = as_row(rows_that_share())
+    model(**row, use_cache=False)
+    model(**row)
+    assert dict(prefix_attn.stats(model).passed_through) == {JUMPS_UNREAD: 1, JUMPS_IN_CACHE: 1}

@@ -701,9 +701,10 @@ def test_enabled_models_are_not_served_as_tries(
     prefix_attn.enable(hybrid)
     refused = partial(pytest.fail, "TRL was changed before the model was refused")
     message = "Qwen3_5TextModel is enabled, but AsyncGRPO packs rows"
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+    with monkeypatch.context() as patch:
         patch.setattr(packing, "register_tree_attention", refused)
-        serve_tree_attention(hybrid)
+        with pytest.raises(ValueError, match=message):
+            serve_tree_attention(hybrid)
 
 
 def test_tree_layout_is_that_of_the_samples() -> None:

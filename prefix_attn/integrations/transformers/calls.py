@@ -40,6 +40,7 @@ from prefix_attn.shards import RowShard
 
 GENERATION = "past_key_values or use_cache=True"
 JUMPS_IN_CACHE = "position_ids jump in a call that makes a cache: one sequence"
+JUMPS_UNREAD = "position_ids jump, which this type of model alone reads as one sequence"
 
 # Decoders whose masks never see position_ids: sequences of a row are kept apart where they restart,
 # as under flash attention.
@@ -137,7 +138,8 @@ def find_packing(
             positions = _with_places(positions, kwargs)
     split = Split.NEVER if mask is not None else _split(backbone, kwargs, positions)
     if shape[0] == 1 and not always:
-        _pass_single_sequence(mask, positions, split)
+        jumps = JUMPS_IN_CACHE if makes_cache(backbone, kwargs) else JUMPS_UNREAD
+        _pass_single_sequence(mask, positions, split, jumps)
     if embeds is not None and torch.is_grad_enabled() and gradient_is_wanted(embeds, shape):
         raise PassThroughError("the gradient of inputs_embeds itself is wanted")
     packing = pack_batch(
@@ -302,13 +304,18 @@ def _pass_left_padding(backbone: PreTrainedModel, mask: Tensor) -> None:
         raise PassThroughError("left padding of a single row, which mixers read as tokens")
 
 
-def _pass_single_sequence(mask: Tensor | None, positions: Tensor | None, split: Split) -> None:
-    """Raises PassThroughError for a batch of one row that is known to hold one sequence."""
+def _pass_single_sequence(
+    mask: Tensor | None, positions: Tensor | None, split: Split, jumps: str
+) -> None:
+    """Raises PassThroughError for a batch of one row that is known to hold one sequence.
+
+    `jumps` is the reason where positions jump that the model alone does not split by.
+    """
     if mask is not None or positions is None:
         raise PassThroughError(SINGLE)
     if split is Split.NEVER:
-        jumps = len(positions) == 1 and bool((positions[0].diff() != 1).any())
-        raise PassThroughError(JUMPS_IN_CACHE if jumps else SINGLE)
+        jump = len(positions) == 1 and bool((positions[0].diff() != 1).any())
+        raise PassThroughError(jumps if jump else SINGLE)
 
 
 def built_masks(mask: Any) -> Any:
