@@ -146,6 +146,17 @@ def run_fsdp1(rank: int) -> None:
         for name, parameter in wrapped.named_parameters():
             found[name.replace("_fsdp_wrapped_module.", "")] = parameter.grad.clone()
     assert deviation(found, want) <= NARROW_ROUNDING
+    for originals in (True, False):
+        model = build()
+        model.get_decoder().layers[0].requires_grad_(False)
+        wrapped = FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            use_orig_params=originals,
+            auto_wrap_policy=ModuleWrapPolicy(layers),
+        )
+        with pytest.raises(NotImplementedError, match="FSDP frees parameters that are not trained"):
+            micro_groups(wrapped, mine)
 
 
 def worker(rank: int, run: Any, port: int) -> None:

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,7 +58,10 @@ from verl.workers.config import (  # noqa: E402
     FSDPOptimizerConfig,
     HFModelConfig,
 )
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
+from verl.workers.engine.fsdp.transformer_impl import (  # noqa: E402
+    FSDPEngineWithLMHead,
+    FSDPEngineWithValueHead,
+)
 
 GROUPS = ((11, (5, 8, 3)), (6, (6, 2)), (9, (4,)))  # prompt and responses; one without siblings
 TOKENS, SHARED_TOKENS = 82, 54  # with every prompt repeated, and once
@@ -91,18 +95,60 @@ def save_model(path: str, **changes: Any) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
 
 
+def save_adapter(path: str, model_path: str) -> None:
+    """A LoRA adapter as a run leaves it: neither of its matrices is zero."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path)
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(1)
+    peft.get_peft_model(model, config).save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("model"))
     save_model(path)
+    save_adapter(f"{path}/adapter", path)
     return path
 
 
+def load_without_flash_attention(patch: pytest.MonkeyPatch) -> None:
+    """verl loads critics with flash attention 2, whatever its config says."""
+    classes = transformers.AutoModelForTokenClassification
+    load = classes.from_pretrained
+
+    def from_pretrained(*args: Any, **options: Any) -> nn.Module:
+        assert options["attn_implementation"] == "flash_attention_2"
+        return load(*args, **{**options, "attn_implementation": "sdpa"})
+
+    patch.setattr(classes, "from_pretrained", from_pretrained)
+
+
 def new_engine(
-    model_path: str, attention: str, fused: bool = False, strategy: str = "fsdp2", **options: Any
+    model_path: str,
+    attention: str,
+    fused: bool = False,
+    strategy: str = "fsdp2",
+    kind: str = "actor",
+    **options: Any,
 ) -> FSDPEngineWithLMHead:
-    """An engine as verl's workers make it, up to its model."""
+    """An engine as verl's workers make it, up to its model.
+
+    Args:
+        model_path: what `save_model` wrote.
+        attention: `attn_implementation` of verl's config.
+        fused: whether log-probs come from verl's fused head.
+        strategy: fsdp or fsdp2.
+        kind: actor, LoRA or critic.
+        options: of verl's engine.
+    """
     torch.manual_seed(0)
+    kinds: dict[str, dict[str, Any]] = {
+        "actor": {},
+        "LoRA": {"lora_rank": 4, "lora_adapter_path": f"{model_path}/adapter"},
+        "critic": {"model_type": "value_model"},
+    }
     config = HFModelConfig(
         path=model_path,
         load_tokenizer=False,
@@ -110,6 +156,7 @@ def new_engine(
         use_fused_kernels=fused,
         fused_kernel_options={"impl_backend": "torch"} if fused else {},
         enable_gradient_checkpointing=True,
+        **kinds[kind],
     )
     engine_config = FSDPEngineConfig(
         strategy=strategy,
@@ -117,7 +164,8 @@ def new_engine(
         use_torch_compile=False,
         **options,
     )
-    return FSDPEngineWithLMHead(config, engine_config, FSDPOptimizerConfig(), CheckpointConfig())
+    engine = FSDPEngineWithValueHead if kind == "critic" else FSDPEngineWithLMHead
+    return engine(config, engine_config, FSDPOptimizerConfig(), CheckpointConfig())
 
 
 def micro_batch(remove_padding: bool, fused: bool = False) -> Any:
@@ -154,27 +202,35 @@ def micro_batch(remove_padding: bool, fused: bool = False) -> Any:
 
 
 def weighted_loss(model_output: dict, data: Any, dp_group: Any) -> tuple[Tensor, dict]:
-    """Weighs the log-prob and the entropy of every response token differently."""
-    log_probs, entropy = (model_output[name].values() for name in ("log_probs", "entropy"))
+    """Weighs the log-prob and the entropy, or the value, of every response token differently."""
     mask = torch.roll(data["loss_mask"].values(), -1)
     weights = torch.linspace(-1, 1, len(mask))
+    if "values" in model_output:
+        values = model_output["values"].values()
+        return (mask * (weights * values + 0.1 * values.square())).sum(), {}
+    log_probs, entropy = (model_output[name].values() for name in ("log_probs", "entropy"))
     return (mask * (weights * log_probs + 0.1 * entropy)).sum(), {}
 
 
 def forward_and_backward(engine: FSDPEngineWithLMHead, batch: Any) -> dict[str, Tensor]:
-    """Log-probs, entropies and the gradients of all parameters."""
+    """What the model puts out, and the gradients of all parameters that are trained."""
     engine.module.train()
     loss, output = engine.forward_step(batch, weighted_loss, forward_only=False)
     loss.backward()
     results = {name: x.values() for name, x in output["model_output"].items()}
     for name, parameter in engine.module.named_parameters():
-        grad = parameter.grad
-        results[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        if parameter.requires_grad:
+            grad = parameter.grad
+            results[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return results
 
 
 def in_float64(
-    model_path: str, monkeypatch: pytest.MonkeyPatch, batch: Any, run: Any = forward_and_backward
+    model_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: Any,
+    run: Any = forward_and_backward,
+    kind: str = "actor",
 ) -> dict[str, Tensor]:
     """The ordinary run with nothing rounded to float32."""
 
@@ -182,7 +238,7 @@ def in_float64(
         mean_of_squares = x.square().mean(-1, keepdim=True)
         return self.weight * x * torch.rsqrt(mean_of_squares + self.variance_epsilon)
 
-    engine = new_engine(model_path, "sdpa")
+    engine = new_engine(model_path, "sdpa", kind=kind)
     engine._build_optimizer = engine._build_lr_scheduler = lambda *args: None
     engine._build_fsdp_module = lambda module: module.double()  # FSDP would cast to float32
     engine._autocast_dtype = torch.float32  # none
@@ -193,19 +249,23 @@ def in_float64(
 
 
 @pytest.mark.parametrize("remove_padding", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["actor", "LoRA", "critic"])
 def test_forward_step_matches_ordinary_run(
-    remove_padding: bool, model_path: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, remove_padding: bool, model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = in_float64(model_path, monkeypatch, micro_batch(remove_padding))
+    load_without_flash_attention(monkeypatch)
+    exact = in_float64(model_path, monkeypatch, micro_batch(remove_padding), kind=kind)
     results = []
     for attention in ("sdpa", "prefix_attn"):
-        engine = new_engine(model_path, attention)
+        engine = new_engine(model_path, attention, kind=kind)
         engine._build_model_optimizer()
         results.append(forward_and_backward(engine, micro_batch(remove_padding)))
     ordinary, shared = results
-    assert shared.keys() == exact.keys()
+    assert shared.keys() == exact.keys() >= {"values" if kind == "critic" else "log_probs"}
     for name, expected in exact.items():
         assert_within_budget(name, shared[name], expected, ordinary[name])
+    trained = [name for name, x in exact.items() if "layers" in name and x.any()]
+    assert len(trained) == sum("layers" in name for name in exact) > 0
     counts = prefix_attn.stats(engine.module)
     assert (counts.calls, counts.packed_calls) == (1, 1)
     assert (counts.tokens_in, counts.tokens_run) == (TOKENS, SHARED_TOKENS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from prefix_attn.integrations.verl import ENGINE, _announce, pack_alike
 from prefix_attn.testing import assert_within_budget
 from tests.integrations.test_verl import (  # noqa: F401
     in_float64,
+    load_without_flash_attention,
     model_path,
     new_engine,
     process_group,
@@ -45,6 +47,7 @@ UNIQUE = sum(prompt + sum(responses) for prompt, responses in GROUPS[0])
 DYNAMIC = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 90}
 IN_THREES = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 3}
 AT_ONCE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 12}
+KINDS = ("actor", "LoRA", "critic")
 
 
 def samples(rank: int = 0, *, torn: bool = False) -> list[tuple[Tensor, int]]:
@@ -87,9 +90,12 @@ def batch_of(parts: list[tuple[Tensor, int]], remove_padding: bool = True, **cut
 
 def loss_of(model_output: dict, data: Any, dp_group: Any) -> tuple[Tensor, dict]:
     """A sum over tokens, each with a weight of its own wherever it lies."""
-    log_probs, entropy = (model_output[name].values() for name in ("log_probs", "entropy"))
     mask = torch.roll(data["loss_mask"].values(), -1)
     weights = torch.cos(data["input_ids"].values() + data["position_ids"].values())
+    if "values" in model_output:
+        values = model_output["values"].values()
+        return (mask * (weights * values + 0.1 * values.square())).sum(), {}
+    log_probs, entropy = (model_output[name].values() for name in ("log_probs", "entropy"))
     return (mask * (weights * log_probs + 0.1 * entropy)).sum(), {}
 
 
@@ -104,15 +110,16 @@ def train(engine: Any, batch: Any, before: Any = None) -> dict[str, Tensor]:
     if before is not None:
         engine.forward_backward_batch(before, loss_of)
     output = engine.forward_backward_batch(batch, loss_of)["model_output"]
-    results = {name: predicted(x) for name, x in output.items()}
+    results = {n: x.values() if n == "values" else predicted(x) for n, x in output.items()}
     whole: Any = nullcontext()
     if isinstance(engine.module, FullyShardedDataParallel):
         whole = FullyShardedDataParallel.summon_full_params(engine.module, with_grads=True)
     with whole:
         for name, parameter in engine.module.named_parameters():
-            grad = parameter.grad
-            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
-            results[name.replace("_fsdp_wrapped_module.", "")] = grad
+            if parameter.requires_grad:
+                grad = parameter.grad
+                grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+                results[name.replace("_fsdp_wrapped_module.", "")] = grad
     return results
 
 
@@ -267,21 +274,30 @@ def test_bins_are_as_many_on_every_rank(process_group: None) -> None:  # noqa: F
 # ---- two ranks ----------------------------------------------------------------------------------
 
 
-def step_of_two_ranks(rank: int, folder: Path, strategy: str, cut: dict[str, Any]) -> None:
+def step_of_two_ranks(
+    rank: int, folder: Path, kind: str, strategy: str, cut: dict[str, Any]
+) -> None:
     """Every prompt of both runs once, and gradients are the mean of theirs."""
-    options = {"strategy": strategy, "use_orig_params": strategy == "fsdp"}
+    options = {"kind": kind, "strategy": strategy, "use_orig_params": strategy == "fsdp"}
     path = str(folder / "model")
-    expected = torch.load(folder / f"{rank}.pt")
+    expected = torch.load(folder / f"{kind} {rank}.pt")
     ordinary = train(built(path, "sdpa", **options), batch_of(samples(rank), **cut))
     engine = built(path, "prefix_attn", **options)
-    found = train(engine, batch_of(samples(rank), **cut))
+    is_refused = (kind, strategy) == ("LoRA", "fsdp")
+    refusal = pytest.warns(UserWarning, match="FSDP frees parameters that are not trained")
+    with refusal if is_refused else nullcontext():
+        found = train(engine, batch_of(samples(rank), **cut))
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert_within_budget(f"{strategy} {name}", found[name], value, ordinary[name])
+        assert_within_budget(f"{kind} {strategy} {name}", found[name], value, ordinary[name])
     counts = prefix_attn.stats(engine.module)
     told: list[Any] = [None, None]
     dist.all_gather_object(told, (counts.calls, counts.packed_calls, counts.passed_through))
     assert told[0] == told[1]
     unique = sum(prompt + sum(responses) for prompt, responses in GROUPS[rank])
+    if is_refused:  # shared inside each micro-batch
+        assert unique + 9 < counts.tokens_run < counts.tokens_in
+        return
     # A token for company in each pass that only the other rank needs, and the prompt of nine.
     assert unique <= counts.tokens_run <= unique + 9 + 4
 
@@ -314,13 +330,17 @@ def worker(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        step_of_two_ranks(rank, folder, "fsdp2", DYNAMIC)
-        with pytest.MonkeyPatch.context() as patch:  # FSDP would ask for a GPU
+        with pytest.MonkeyPatch.context() as patch:
+            load_without_flash_attention(patch)
+            for kind in KINDS:
+                step_of_two_ranks(rank, folder, kind, "fsdp2", DYNAMIC)
+            # FSDP would ask for a GPU.
             patch.setattr(_init_utils, "_check_module_states_for_sync_module_states", bool)
             patch.setattr(
                 sys.modules[ENGINE], "get_init_weight_context_manager", lambda **_: nullcontext
             )
-            step_of_two_ranks(rank, folder, "fsdp", IN_THREES)
+            for kind in KINDS:
+                step_of_two_ranks(rank, folder, kind, "fsdp", IN_THREES)
         refuses_alike(rank)
         announces_alike(rank)
         dist.barrier()
@@ -334,12 +354,13 @@ def test_steps_of_two_ranks_with_other_trees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "model").symlink_to(model_path)
-    for rank in range(2):
+    load_without_flash_attention(monkeypatch)
+    for rank, kind in itertools.product(range(2), KINDS):
         own, other = (batch_of(samples(r), **AT_ONCE) for r in (rank, 1 - rank))
-        both = in_float64(model_path, monkeypatch, own, partial(train, before=other))
-        outputs = ("log_probs", "entropy")  # of its own samples; gradients are a mean
+        both = in_float64(model_path, monkeypatch, own, partial(train, before=other), kind)
+        outputs = ("log_probs", "entropy", "values")  # of its own samples; gradients are a mean
         found = {name: x.detach() / (1 if name in outputs else 2) for name, x in both.items()}
-        torch.save(found, tmp_path / f"{rank}.pt")
+        torch.save(found, tmp_path / f"{kind} {rank}.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -42,7 +43,28 @@ def why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
             "DistributedDataParallel with reentrant checkpointing marks parameters twice: pass "
             'gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+    if has_frozen_units(model):
+        return (
+            "FSDP frees parameters that are not trained, such as those under LoRA, before the "
+            "backward of prefixes reads them: wrap the model by FSDP2, fully_shard"
+        )
     return None
+
+
+def has_frozen_units(model: torch.nn.Module) -> bool:
+    """Whether FSDP shards a unit in which no parameter is trained.
+
+    It frees such a unit after the backward of the first call of a step, and never gathers it twice
+    in one backward.
+    """
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        others = (x for x in FullyShardedDataParallel.fsdp_modules(unit) if x is not unit)
+        inner = {parameter for other in others for parameter in other.parameters()}
+        own = [parameter for parameter in unit.parameters() if parameter not in inner]
+        is_sharded = unit.sharding_strategy is not ShardingStrategy.NO_SHARD
+        if own and is_sharded and not any(parameter.requires_grad for parameter in own):
+            return True
+    return False
 
 
 def recomputes(backbone: PreTrainedModel, *, reentrant: bool = False) -> bool:
