@@ -26,7 +26,7 @@ PIP_FLAGS := -q --disable-pip-version-check
 .DEFAULT_GOAL := help
 .PHONY: help dev fmt lint type check docs docs-tables docs-figures build clean hub \
 	test test-levels test-hf test-verl test-megatron test-trainers test-oldest \
-	bench bench-small bench-shapes bench-full bench-micro gpu gpu-tune
+	bench bench-small bench-shapes bench-full bench-micro bench-peers gpu gpu-tune
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -84,7 +84,8 @@ $(TRAINERS_VENV)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(TRAINERS_VENV)
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) 'transformers==5.24.*' \
 		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
-		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro
+		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro \
+		'trl==1.16.*' matplotlib prefix-grouper
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON) \
 		areal==1.0.4 axolotl==0.19.0 openrlhf==0.11.2 skyrl==0.3.0 torchtitan==0.3.0
 	touch $@
@@ -145,8 +146,9 @@ test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two 
 		tests/integrations/test_megatron_distributed.py
 
 test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, the hub (not in make test)
-	$(TRAINERS_VENV)/bin/python -m pytest -q tests/integrations/test_hub.py \
-		tests/integrations/test_torchtitan.py tests/integrations/test_trainers.py
+	$(TRAINERS_VENV)/bin/python -m pytest -q tests/integrations/test_bench_peers.py \
+		tests/integrations/test_hub.py tests/integrations/test_torchtitan.py \
+		tests/integrations/test_trainers.py
 
 test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers and TRL (not in make test)
 	env -u TRITON_INTERPRET $(OLDEST_VENV)/bin/python -m pytest -q -n 2 $(NUMERIC) \
@@ -166,6 +168,9 @@ bench-small: dev ## the same on one small case, in seconds
 
 bench-full: dev ## measure the whole table
 	$(BIN)/python -m bench --full
+
+bench-peers: $(TRAINERS_VENV)/.stamp ## measure TRL's, AReaL's and Prefix Grouper's attention beside ours, on a CPU
+	TRITON_INTERPRET=1 $(TRAINERS_VENV)/bin/python -m bench.peers
 
 bench-micro: $(HF_VENV)/.stamp ## measure memory and time of micro-groups, in half an hour
 	$(HF_VENV)/bin/python -m bench --micro

@@ -175,14 +175,13 @@ class Problem:
         sinks = self.inputs.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ v
 
-    def grouped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Prefix Grouper, one row per group: (groups, H, P + G S, D)."""
+    def grouped(self) -> Callable[..., Tensor]:
+        """Prefix Grouper, one row per group: (groups, H, P + G S, D) tensors."""
         from prefix_grouper import PrefixGrouper
 
         prefix, suffix = self.shape.lengths[:2]
-        grouper = PrefixGrouper(
-            [[prefix] + [suffix] * self.shape.members] * len(q), device=q.device
-        )
+        groups = [[prefix] + [suffix] * self.shape.members] * self.layout.num_groups
+        grouper = PrefixGrouper(groups, device=self.layout.device)
         keep = torch.ones(suffix, prefix + suffix, dtype=torch.bool).tril(prefix)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ class Problem:
             )
             return out.transpose(1, 2)
 
-        return grouper.forward(attend, q, k, v).transpose(1, 2)
+        return lambda q, k, v: grouper.forward(attend, q, k, v).transpose(1, 2)
 
     def in_groups(self, x: Tensor) -> Tensor:
         """(T, H, D) -> (groups, H, P + G S, D)."""
@@ -208,7 +207,7 @@ class Problem:
         found = {name: (self.eager if eager else self.sdpa, self.repeated, self.packed)}
         if shape.members and importlib.util.find_spec("prefix_grouper"):
             found["prefix-grouper"] = (
-                self.grouped,
+                self.grouped(),
                 self.in_groups,
                 lambda x: x.transpose(1, 2).flatten(0, 1),
             )

@@ -7,7 +7,6 @@ NeMo-RL and prime-rl the calls are written down as their code makes them.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.machinery
 import sys
@@ -22,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.trainer_callback import TrainerCallback
 
 import prefix_attn
+from bench import peers
 from prefix_attn import PrefixLayout
 from prefix_attn.integrations.areal import layout_of_trie
 
@@ -258,29 +258,10 @@ def test_rows_of_nemo_rl_are_packed_and_those_of_prime_rl_pass_through(keyword, 
 
 
 @pytest.fixture
-def trees_of_areal(monkeypatch):
+def trees_of_areal():
     """AReaL's module of tries."""
-    root = package_folder("areal")
-
-    class Silent:
-        def __getattr__(self, name):
-            return lambda *_, **__: None
-
-    for name in ("areal", "areal.models", "areal.models.tree_attn"):
-        stand_in(monkeypatch, name, root.joinpath(*name.split(".")[1:]))
-    stand_in(monkeypatch, "areal.api")
-    stand_in(monkeypatch, "areal.api.cli_args", MicroBatchSpec=object)
-    stand_in(monkeypatch, "areal.utils")
-    stand_in(monkeypatch, "areal.utils.logging", getLogger=lambda *_: Silent())
-    stand_in(monkeypatch, "areal.utils.stats_tracker")
-    stand_in(monkeypatch, "areal.utils.data", MicroBatchList=object)
-    stand_in(
-        monkeypatch,
-        "areal.utils.perf_tracer",
-        trace_perf=lambda *_, **__: lambda function: function,
-        trace_scope=lambda *_, **__: contextlib.nullcontext(),
-    )
-    return importlib.import_module("areal.models.tree_attn.tree")
+    package_folder("areal")
+    return peers.areal_module("tree")
 
 
 def test_trie_of_areal_allows_the_same_pairs(trees_of_areal):
