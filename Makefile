@@ -136,6 +136,7 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 	$(VERL_VENV)/bin/python -m pytest -q tests/integrations/test_verl.py \
 		tests/integrations/test_verl_losses.py \
 		tests/integrations/test_verl_micro_groups.py \
+		tests/integrations/test_verl_sequence_parallel.py \
 		tests/integrations/test_transformers_exact.py \
 		tests/integrations/test_transformers_backend.py \
 		tests/integrations/test_mixers.py::test_hybrid_models_match_ordinary_batches \

@@ -1,23 +1,13 @@
-"""The operators on two gloo ranks: DTensor rules and Ulysses' all-to-all against one process.
-
-This file is also the script of the two ranks. They run every function named `check_*` once, and
-each of the tests below reports one of them.
-"""
+"""The operators on two gloo ranks: DTensor rules and Ulysses' all-to-all against one process."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -30,12 +20,19 @@ from prefix_attn.integrations.distributed import (
     ulysses_attention,
 )
 from prefix_attn.testing import assert_within_budget, repeated_attention
+from tests.ranks import on_ranks
 
 RANKS = 2
 LAYOUTS = [
     PrefixLayout.from_lengths([5, 3], [[2, 4], [1, 0, 8]]),  # ragged, an empty suffix, T odd
     PrefixLayout.from_tree([7, 2, 1, 3, 4], [-1, 0, 1, 0, -1]),  # a tree
 ]
+
+
+def mesh_of(group: Any) -> DeviceMesh:
+    """The ranks as a mesh whose DTensors know the operators."""
+    register_dtensor_rules()  # again, which changes nothing
+    return init_device_mesh("cpu", (group.size(),), mesh_dim_names=("tp",))
 
 
 def inputs(layout: PrefixLayout, heads: int = 4, kv_heads: int = 2) -> list[Tensor]:
@@ -94,15 +91,17 @@ def assert_exact(
 # ---- DTensor ----------------------------------------------------------------------------------
 
 
-def check_dtensors_need_the_rules(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_dtensors_need_the_rules(group: Any) -> None:
     """Runs first, before the rules are registered."""
+    mesh = init_device_mesh("cpu", (group.size(),))
     with pytest.raises(Exception, match="sharding strategy"):
         sharded(LAYOUTS[0], inputs(LAYOUTS[0]), mesh, [Shard(1)])
-    register_dtensor_rules()
 
 
-def check_dtensors_match_one_process(mesh: DeviceMesh) -> None:
-    register_dtensor_rules()  # a second time, which changes nothing
+@on_ranks(RANKS)
+def test_dtensors_match_one_process(group: Any) -> None:
+    mesh = mesh_of(group)
     for layout in LAYOUTS:
         tensors = inputs(layout)
         for placement in (Shard(1), Replicate(), Shard(0)):
@@ -111,8 +110,10 @@ def check_dtensors_match_one_process(mesh: DeviceMesh) -> None:
                 assert_exact(actual, layout, tensors, lse=lse)
 
 
-def check_heads_stay_sharded(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_heads_stay_sharded(group: Any) -> None:
     """Nothing is gathered: rows become heads by an all-to-all."""
+    mesh = mesh_of(group)
     for placement in (Shard(1), Shard(0)):
         out, lse, *_ = sharded(LAYOUTS[0], inputs(LAYOUTS[0]), mesh, [placement])
         assert out.placements == (Shard(1),)
@@ -120,8 +121,10 @@ def check_heads_stay_sharded(mesh: DeviceMesh) -> None:
         assert out.to_local().shape[1] == 2
 
 
-def check_every_call_has_its_own_scale(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_every_call_has_its_own_scale(group: Any) -> None:
     """DTensor caches what it decides: the numbers of a call must not be among it."""
+    mesh = mesh_of(group)
     layout = LAYOUTS[0]
     tensors = inputs(layout)
     for placement in (Shard(1), Shard(0)):
@@ -130,7 +133,9 @@ def check_every_call_has_its_own_scale(mesh: DeviceMesh) -> None:
             assert_exact(actual, layout, tensors, scale=scale)
 
 
-def check_one_kv_head_is_replicated(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_one_kv_head_is_replicated(group: Any) -> None:
+    mesh = mesh_of(group)
     layout = LAYOUTS[0]
     tensors = inputs(layout, heads=4, kv_heads=1)
     queries = distribute_tensor(tensors[0], mesh, [Shard(1)]).requires_grad_()
@@ -159,7 +164,9 @@ def sinks_gradient(layout: PrefixLayout, leaves: list[Tensor], sinks: Tensor) ->
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), [leaves[0], sinks])]
 
 
-def check_sinks_are_sharded_with_their_heads(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_sinks_are_sharded_with_their_heads(group: Any) -> None:
+    mesh = mesh_of(group)
     layout = LAYOUTS[0]
     tensors = [*inputs(layout), torch.tensor([0.5, -1.0, 2.0, 0.0])]
     results = []
@@ -174,8 +181,10 @@ def check_sinks_are_sharded_with_their_heads(mesh: DeviceMesh) -> None:
             assert_within_budget(name, a.full_tensor(), e, s)
 
 
-def check_flop_counter_counts_whole_tensors(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_flop_counter_counts_whole_tensors(group: Any) -> None:
     """As it does for PyTorch's own operators: what all ranks do together."""
+    mesh = mesh_of(group)
     layout, counted = LAYOUTS[0], []
     for replicated in (replicate_layout(layout, mesh), layout):
         tensors = inputs(layout)
@@ -187,8 +196,10 @@ def check_flop_counter_counts_whole_tensors(mesh: DeviceMesh) -> None:
     assert counted[0] == counted[1] > 0
 
 
-def check_some_queries_with_heads_sharded(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_some_queries_with_heads_sharded(group: Any) -> None:
     """Queries for the suffixes of the first group only."""
+    mesh = mesh_of(group)
     layout = LAYOUTS[0].queries_for([1, 2])
     q, k, v = inputs(LAYOUTS[0])
     q = q[layout.query_rows]
@@ -200,7 +211,9 @@ def check_some_queries_with_heads_sharded(mesh: DeviceMesh) -> None:
     assert_within_budget("out", actual.full_tensor(), exact, single)
 
 
-def check_uneven_heads_are_refused_by_name(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_uneven_heads_are_refused_by_name(group: Any) -> None:
+    mesh = mesh_of(group)
     layout = LAYOUTS[0]
     tensors = inputs(layout, heads=6, kv_heads=3)
     with pytest.raises(Exception, match="Hq 6 and Hkv 3 can't be sharded evenly over 2 ranks"):
@@ -208,7 +221,9 @@ def check_uneven_heads_are_refused_by_name(mesh: DeviceMesh) -> None:
     assert_exact(sharded(layout, tensors, mesh, [Replicate()]), layout, tensors)
 
 
-def check_larger_meshes_are_refused_by_name(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_larger_meshes_are_refused_by_name(group: Any) -> None:
+    register_dtensor_rules()
     layout = LAYOUTS[1]
     square = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp", "tp"))
     with pytest.raises(Exception, match="one-dimensional mesh, got 2"):
@@ -240,17 +255,20 @@ def compare_ulysses(layout: PrefixLayout, tensors: list[Tensor]) -> None:
         assert_within_budget(name, a, local(e), local(s))
 
 
-def check_ulysses_matches_one_process(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_ulysses_matches_one_process(group: Any) -> None:
     """An odd number of tokens too: the last rank's padding comes back as zeros."""
     for layout in LAYOUTS:
         compare_ulysses(layout, inputs(layout))
 
 
-def check_ulysses_repeats_scarce_kv_heads(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_ulysses_repeats_scarce_kv_heads(group: Any) -> None:
     compare_ulysses(LAYOUTS[0], inputs(LAYOUTS[0], heads=4, kv_heads=1))
 
 
-def check_ulysses_splits_sinks(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_ulysses_splits_sinks(group: Any) -> None:
     """A rank's gradient of the sinks holds its own heads: their sum is that of one process."""
     layout = PrefixLayout.from_lengths([6], [[2, 4]])
     tensors = [*inputs(layout), torch.tensor([0.5, -1.0, 2.0, 0.0])]
@@ -266,7 +284,8 @@ def check_ulysses_splits_sinks(mesh: DeviceMesh) -> None:
     assert_within_budget("dsinks", grad, *results)
 
 
-def check_ulysses_refuses_by_name(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_ulysses_refuses_by_name(group: Any) -> None:
     layout = LAYOUTS[0]
     q, k, v = (x[:11] for x in inputs(layout))
     with pytest.raises(ValueError, match="2 ranks of 11 rows hold 22 rows, the layout has"):
@@ -283,58 +302,12 @@ def check_ulysses_refuses_by_name(mesh: DeviceMesh) -> None:
 # ---- torch.compile ----------------------------------------------------------------------------
 
 
-def check_dtensors_compile_fullgraph(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_dtensors_compile_fullgraph(group: Any) -> None:
+    mesh = mesh_of(group)
+    torch.use_deterministic_algorithms(False)  # PyTorch can't partition DTensors with fills
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
     for layout in LAYOUTS:
         tensors = inputs(layout)
         actual = sharded(layout, tensors, mesh, [Shard(1)], attention=compiled)
         assert_exact(actual, layout, tensors)
-
-
-# ---- running them -----------------------------------------------------------------------------
-
-CHECKS = [name for name in globals() if name.startswith("check_")]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    """Runs all checks on one rank, up to the first failure, and writes down how they went."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    report: dict[str, str] = {}
-    for name in CHECKS:
-        try:
-            globals()[name](mesh)
-            report[name] = "passed"
-        except BaseException:
-            report[name] = traceback.format_exc()
-        Path(folder, f"report{rank}.json").write_text(json.dumps(report))
-        if report[name] != "passed":
-            break  # the other rank may be waiting in another collective
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
-    files = [folder / f"report{rank}.json" for rank in range(RANKS)]
-    assert all(file.exists() for file in files), done.stdout + done.stderr
-    return [json.loads(file.read_text()) for file in files]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_ranks(name: str, reports: list[dict[str, str]]) -> None:
-    for rank, report in enumerate(reports):
-        assert report.get(name, "not reached: a check before it failed") == "passed", f"rank {rank}"
-
-
-if __name__ == "__main__":
-    mp.spawn(run_rank, (sys.argv[1],), nprocs=RANKS)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is missing")
@@ -27,6 +27,7 @@ from tests.integrations.test_micro_groups import (  # noqa: E402
     tree,
 )
 from tests.integrations.tiny_models import deviation  # noqa: E402
+from tests.ranks import on_ranks  # noqa: E402
 
 RANKS = 2
 
@@ -68,9 +69,9 @@ def check(model: Any, wrapped: Any, rank: int, *, every: bool) -> None:
     assert deviation(found, want) <= NARROW_ROUNDING
 
 
-def run_ddp(rank: int) -> None:
-    from torch.nn.parallel import DistributedDataParallel
-
+@on_ranks(RANKS)
+def test_micro_groups_under_ddp(group: Any) -> None:
+    rank = group.rank()
     for every, reentrant, options in (
         (False, None, {}),
         (True, None, {}),
@@ -96,9 +97,9 @@ def refused_inside(model: Any, wrapped: Any, mine: list[dict[str, torch.Tensor]]
         loss_of(wrapped, mine[0])
 
 
-def run_fsdp2(rank: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-
+@on_ranks(RANKS)
+def test_micro_groups_under_fsdp2(group: Any) -> None:
+    rank = group.rank()
     for every, reentrant, options in (
         (False, None, {}),
         (True, None, {"reshard_after_forward": False}),
@@ -124,10 +125,9 @@ def run_fsdp2(rank: int) -> None:
         micro_groups(model, holes)
 
 
-def run_fsdp1(rank: int) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
+@on_ranks(RANKS)
+def test_micro_groups_under_fsdp1(group: Any) -> None:
+    rank = group.rank()
     model = build()
     layers = {type(model.get_decoder().layers[0])}
     wrapped = FullyShardedDataParallel(
@@ -157,22 +157,3 @@ def run_fsdp1(rank: int) -> None:
         )
         with pytest.raises(NotImplementedError, match="FSDP frees parameters that are not trained"):
             micro_groups(wrapped, mine)
-
-
-def worker(rank: int, run: Any, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        run(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("run", [run_ddp, run_fsdp2, run_fsdp1])
-def test_micro_groups_on_two_ranks(run):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (run, port), nprocs=RANKS)

@@ -1,19 +1,11 @@
-"""A sharded head on two gloo ranks, against the whole head in one process.
-
-This file is also the script of the two ranks.
-"""
+"""A sharded head on two gloo ranks, against the whole head in one process."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -21,9 +13,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from prefix_attn import PrefixLayout
 from prefix_attn.losses import packed_log_probs, token_log_probs
+from tests.ranks import on_ranks
 
 RANKS = 2
 ROWS, WIDTH = 9, 6
+
+
+def mesh_of(group: Any) -> DeviceMesh:
+    return init_device_mesh("cpu", (group.size(),), mesh_dim_names=("tp",))
 
 
 def inputs(vocabulary: int) -> dict[str, Tensor]:
@@ -46,8 +43,11 @@ def total_of(log_probs: Tensor, entropy: Tensor) -> Tensor:
     return (log_probs * weights).sum() + (entropy * weights.flip(0)).sum()
 
 
-def check_vocabulary_parallel_head(mesh: DeviceMesh, vocabulary: int) -> None:
+@pytest.mark.parametrize("vocabulary", [29, 30, 2, 3])
+@on_ranks(RANKS)
+def test_vocabulary_parallel_head(group: Any, vocabulary: int) -> None:
     """29 tokens make shards of 15 and 14, 3 of two and one."""
+    mesh = mesh_of(group)
     x = inputs(vocabulary)
     names = ("hidden", "weight", "bias")
     options = {"temperature": 0.7, "softcap": 3.0, "return_entropy": True, "chunk_size": 4}
@@ -72,8 +72,10 @@ class Head(nn.Linear):
         return token_log_probs(hidden, self.weight, targets)
 
 
-def check_fsdp_head(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_fsdp_head(group: Any) -> None:
     """What the message says to do: each rank with rows of its own, gradients averaged."""
+    mesh = mesh_of(group)
     x = inputs(29)
     head = Head(WIDTH, 29, bias=False, dtype=torch.float64)
     with torch.no_grad():
@@ -92,7 +94,9 @@ def check_fsdp_head(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(gathered, token_log_probs(x["hidden"], weight, x["targets"]))
 
 
-def check_other_placements_are_refused(mesh: DeviceMesh) -> None:
+@on_ranks(RANKS)
+def test_other_placements_are_refused(group: Any) -> None:
+    mesh = mesh_of(group)
     x = inputs(29)
 
     def placed(name: str, *placements: object) -> DTensor:
@@ -114,30 +118,3 @@ def check_other_placements_are_refused(mesh: DeviceMesh) -> None:
     layout, ids = PrefixLayout.from_sequences([list(range(1, ROWS + 1))])
     with pytest.raises(ValueError, match="hidden must be a plain tensor, got a DTensor"):
         packed_log_probs(right["hidden"], right["weight"], ids, layout)
-
-
-def run_rank(rank: int, meet: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meet}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
-    for vocabulary in (29, 30, 2, 3):
-        check_vocabulary_parallel_head(mesh, vocabulary)
-    check_fsdp_head(mesh)
-    check_other_placements_are_refused(mesh)
-    dist.destroy_process_group()
-
-
-def test_sharded_head_on_two_ranks(tmp_path: Path) -> None:
-    script = [sys.executable, __file__, str(tmp_path / "meet")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-if __name__ == "__main__":
-    mp.spawn(run_rank, (sys.argv[1],), nprocs=RANKS)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is missing")
 
 import prefix_attn  # noqa: E402
+from prefix_attn.integrations.transformers import attention as interface  # noqa: E402
 from tests.integrations.tiny_hybrids import HYBRIDS  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
@@ -24,6 +24,7 @@ from tests.integrations.tiny_models import (  # noqa: E402
     rows_that_share,
     tiny_config,
 )
+from tests.ranks import on_ranks  # noqa: E402
 
 RANKS = 2
 # Two orders above the deviation of float64 runs whose norms compute in float32.
@@ -62,45 +63,47 @@ def step(model, rank):
     assert (counts.calls, counts.packed_calls) == (1, int(rank == 0)), counts
 
 
-def run_ddp(rank):
+@on_ranks(RANKS)
+def test_enabled_model_under_ddp(group):
     model = prefix_attn.enable(build(tiny_config("qwen3")), min_ratio=1.05)
     model = torch.nn.parallel.DistributedDataParallel(model)
-    step(model, rank)
+    step(model, group.rank())
     assert deviation(gradients(model), ordinary_gradients()) <= ROUNDING
 
 
-def run_ddp_layout(rank):
+@on_ranks(RANKS)
+def test_layout_arrives_through_ddp(group):
     """A layout as a keyword of the wrapped model arrives as it is."""
-    from prefix_attn.integrations.transformers import attention as interface
-
     seen, attend = [], interface.prefix_attention
-    interface.prefix_attention = lambda q, k, v, layout, **kw: (
-        seen.append(layout) or attend(q, k, v, layout, **kw)
-    )
     model = build(tiny_config("qwen3"), attn_implementation="prefix_attn")
     model = torch.nn.parallel.DistributedDataParallel(model)
     layout, ids = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
-    model(
-        input_ids=ids[None],
-        position_ids=layout.position_ids[None],
-        prefix_layout=layout,
-        use_cache=False,
-    ).logits.sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            interface,
+            "prefix_attention",
+            lambda q, k, v, layout, **kw: seen.append(layout) or attend(q, k, v, layout, **kw),
+        )
+        model(
+            input_ids=ids[None],
+            position_ids=layout.position_ids[None],
+            prefix_layout=layout,
+            use_cache=False,
+        ).logits.sum().backward()
     assert len(seen) == 2
     assert all(one is layout for one in seen)
 
 
-def run_fsdp2(rank):
+@on_ranks(RANKS)
+def test_enabled_model_under_fsdp2(group):
     """Sharded parameters, the self-check on, one rank that packs and one that does not."""
-    from torch.distributed.fsdp import fully_shard
-
     model = build(tiny_config("qwen3"))
     model.gradient_checkpointing_enable()
     for layer in model.get_decoder().layers:
         fully_shard(layer)
     fully_shard(model)
     prefix_attn.enable(model, min_ratio=1.05, self_check=True)
-    step(model, rank)
+    step(model, group.rank())
     assert deviation(gradients(model), ordinary_gradients()) <= ROUNDING
 
 
@@ -116,10 +119,9 @@ def trees(rank):
     return pad(rows + [torch.cat([rows[0], draw(n)]) for n in ((2, 3) if rank else ())])
 
 
-def run_fsdp2_mixers(rank):
+@on_ranks(RANKS)
+def test_enabled_mixers_under_fsdp2(group):
     """The projections of mixers are units of their own: each rank must gather them as often."""
-    from torch.distributed.fsdp import fully_shard
-
     for model_type in ("qwen3_5_text", "minimax"):
         if model_type not in transformers.CONFIG_MAPPING:
             continue
@@ -136,7 +138,7 @@ def run_fsdp2_mixers(rank):
             fully_shard(layer)
         fully_shard(model)
         prefix_attn.enable(model, min_ratio=1.0)
-        batch = trees(rank)
+        batch = trees(group.rank())
         loss_of(model(**batch, use_cache=False), batch["attention_mask"]).backward()
         counts = prefix_attn.stats(model)
         assert counts.packed_calls == 1
@@ -144,11 +146,10 @@ def run_fsdp2_mixers(rank):
         assert deviation(gradients(model), gradients(want)) <= ROUNDING
 
 
-def run_tensor_parallel(rank):
-    import tempfile
-
-    path = [tempfile.mkdtemp()] if rank == 0 else [None]
-    if rank == 0:
+@on_ranks(RANKS)
+def test_enabled_model_under_tensor_parallelism(group):
+    path = [tempfile.mkdtemp()] if group.rank() == 0 else [None]
+    if group.rank() == 0:
         build(tiny_config("qwen3"), torch.float32).save_pretrained(path[0])
     dist.broadcast_object_list(path)
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -166,30 +167,3 @@ def run_tensor_parallel(rank):
     band = ROUNDING * want.abs().max()
     assert (ordinary - want).abs().max() <= band
     assert (found - want).abs().max() <= band
-
-
-def worker(rank, run, port):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        run(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "run", [run_ddp, run_ddp_layout, run_fsdp2, run_fsdp2_mixers, run_tensor_parallel]
-)
-def test_two_ranks(run):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (run, port), nprocs=RANKS)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import socket
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +28,10 @@ from tests.integrations.test_verl import (  # noqa: F401
     model_path,
     new_engine,
     process_group,
+    save_adapter,
+    save_model,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import on_ranks
 
 # Prompt and responses of each group. The second rank has one, and samples with nothing shared.
 GROUPS = (
@@ -274,21 +271,40 @@ def test_bins_are_as_many_on_every_rank(process_group: None) -> None:  # noqa: F
 # ---- two ranks ----------------------------------------------------------------------------------
 
 
-def step_of_two_ranks(
-    rank: int, folder: Path, kind: str, strategy: str, cut: dict[str, Any]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("strategy", "cut"), [("fsdp2", DYNAMIC), ("fsdp", IN_THREES)], ids=["fsdp2", "fsdp"]
+)
+@on_ranks(2)
+def test_steps_of_two_ranks_with_other_trees(
+    group: Any, kind: str, strategy: str, cut: dict[str, Any]
 ) -> None:
     """Every prompt of both runs once, and gradients are the mean of theirs."""
+    rank = group.rank()
     options = {"kind": kind, "strategy": strategy, "use_orig_params": strategy == "fsdp"}
-    path = str(folder / "model")
-    expected = torch.load(folder / f"{kind} {rank}.pt")
-    ordinary = train(built(path, "sdpa", **options), batch_of(samples(rank), **cut))
-    engine = built(path, "prefix_attn", **options)
     is_refused = (kind, strategy) == ("LoRA", "fsdp")
     refusal = pytest.warns(UserWarning, match="FSDP frees parameters that are not trained")
-    with refusal if is_refused else nullcontext():
-        found = train(engine, batch_of(samples(rank), **cut))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        load_without_flash_attention(patch)
+        # Without FSDP only the first rank of verl has weights, unless they are tied.
+        save_model(folder, tie_word_embeddings=True)
+        save_adapter(f"{folder}/adapter", folder)
+        own, other = (batch_of(samples(r), **AT_ONCE) for r in (rank, 1 - rank))
+        exact = in_float64(folder, patch, own, partial(train, before=other), kind)
+        # FSDP would ask for a GPU
+        patch.setattr(_init_utils, "_check_module_states_for_sync_module_states", bool)
+        if strategy == "fsdp":
+            patch.setattr(
+                sys.modules[ENGINE], "get_init_weight_context_manager", lambda **_: nullcontext
+            )
+        ordinary = train(built(folder, "sdpa", **options), batch_of(samples(rank), **cut))
+        engine = built(folder, "prefix_attn", **options)
+        with refusal if is_refused else nullcontext():
+            found = train(engine, batch_of(samples(rank), **cut))
+    assert found.keys() == exact.keys()
+    outputs = ("log_probs", "entropy", "values")  # of its own samples; gradients are a mean
+    for name, value in exact.items():
+        value = value.detach() / (1 if name in outputs else 2)
         assert_within_budget(f"{kind} {strategy} {name}", found[name], value, ordinary[name])
     counts = prefix_attn.stats(engine.module)
     told: list[Any] = [None, None]
@@ -302,19 +318,21 @@ def step_of_two_ranks(
     assert unique <= counts.tokens_run <= unique + 9 + 4
 
 
-def refuses_alike(rank: int) -> None:
-    parts = [ids for ids, _ in samples(rank)]
+@on_ranks(2)
+def test_ranks_refuse_alike(group: Any) -> None:
+    parts = [ids for ids, _ in samples(group.rank())]
     with pytest.raises(ValueError, match="a sequence has 79 tokens"):  # of the second rank
-        pack_alike(parts, 78, dist.group.WORLD)
+        pack_alike(parts, 78, group)
     with pytest.raises(ValueError, match=r"a rank needs \d+ micro-batches .* another has only 2"):
-        pack_alike(parts[: 2 if rank == 0 else 12], 79, dist.group.WORLD)
+        pack_alike(parts[: 2 if group.rank() == 0 else 12], 79, group)
 
 
-def announces_alike(rank: int) -> None:
+@on_ranks(2)
+def test_ranks_announce_alike(group: Any) -> None:
     """Where one rank can't share a step, no rank does, whoever shares parameters with it."""
 
     def plan(module: Any, calls: Any) -> Any:
-        if rank == 1:
+        if group.rank() == 1:
             raise ValueError("not on this rank")
         return SimpleNamespace(tokens_held=1, tokens_apart=1)
 
@@ -322,59 +340,4 @@ def announces_alike(rank: int) -> None:
     engine = SimpleNamespace(model_config=settings, module=None, prepare_model_inputs=lambda x: [x])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[MicroGroups.__module__], "micro_groups", plan)
-        assert _announce(engine, [{}, {}], dist.group.WORLD) == "not on this rank"
-
-
-def worker(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            load_without_flash_attention(patch)
-            for kind in KINDS:
-                step_of_two_ranks(rank, folder, kind, "fsdp2", DYNAMIC)
-            # FSDP would ask for a GPU.
-            patch.setattr(_init_utils, "_check_module_states_for_sync_module_states", bool)
-            patch.setattr(
-                sys.modules[ENGINE], "get_init_weight_context_manager", lambda **_: nullcontext
-            )
-            for kind in KINDS:
-                step_of_two_ranks(rank, folder, kind, "fsdp", IN_THREES)
-        refuses_alike(rank)
-        announces_alike(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_steps_of_two_ranks_with_other_trees(
-    model_path: str,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "model").symlink_to(model_path)
-    load_without_flash_attention(monkeypatch)
-    for rank, kind in itertools.product(range(2), KINDS):
-        own, other = (batch_of(samples(r), **AT_ONCE) for r in (rank, 1 - rank))
-        both = in_float64(model_path, monkeypatch, own, partial(train, before=other), kind)
-        outputs = ("log_probs", "entropy", "values")  # of its own samples; gradients are a mean
-        found = {name: x.detach() / (1 if name in outputs else 2) for name, x in both.items()}
-        torch.save(found, tmp_path / f"{kind} {rank}.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # verl installs a package of its own with the name of this folder.
-    code = (
-        "import pathlib, sys, types\n"
-        "sys.modules['tests'] = types.ModuleType('tests')\n"
-        f"sys.modules['tests'].__path__ = [{str(ROOT / 'tests')!r}]\n"
-        f"from {__name__} import worker\n"
-        f"worker(int(sys.argv[1]), {port}, pathlib.Path({str(tmp_path)!r}))\n"
-    )
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate()[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+        assert _announce(engine, [{}, {}], group) == "not on this rank"
