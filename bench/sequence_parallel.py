@@ -21,7 +21,7 @@ from bench.cases import DTYPES
 from bench.tables import markdown as table
 from prefix_attn import PrefixLayout
 from prefix_attn.cases import Case
-from prefix_attn.dealing import deal, keys_move_less, path_segments
+from prefix_attn.dealing import keys_move_less, moved_rows
 from prefix_attn.integrations import distributed
 from prefix_attn.shards import WAYS, RowShard
 
@@ -54,11 +54,7 @@ def bytes_of_heads(case: Case, ranks: int) -> float:
 
 def bytes_of_keys(case: Case, ranks: int) -> float:
     """The same for keys and values of shared rows, the mean over the ranks."""
-    pieces, rank = deal(layout_of(case).forest, ranks)
-    rows = sum(
-        int(pieces.lengths[path_segments(pieces, rank == r) & (rank != r)].sum())
-        for r in range(ranks)
-    )
+    rows = moved_rows(layout_of(case).forest, ranks)
     return rows / ranks * 2 * case.heads_kv * case.head_dim * _width(case)
 
 

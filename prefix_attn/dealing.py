@@ -1,25 +1,34 @@
 """Deals the queries of a packed row to ranks, so that few keys and values have to travel.
 
-A rank needs the keys of the paths of its queries. What stays in one piece shares its path: so whole
-subtrees are dealt first, the largest that leave room for balance, and what lies above them follows
-in tiles. Keys and values of rows that only one rank needs then stay where they are.
+A rank needs the keys of the paths of its queries. What stays on one rank shares its path: so whole
+subtrees are dealt first, by their work. One that no rank has room for goes to as few ranks as have
+it together: its children are dealt among these, and its own rows follow in tiles. Keys and values
+of rows that only one rank needs then stay where they are.
 
     prefix  0 1 2 3 | 4 5 6 7      tiles, to the ranks with the least work so far
       suffix  8 9                  in one piece
       suffix  10 11                in one piece
+
+Groups may differ in work per row by more than ranks should. Those that don't fit half a rank are
+then spread over all ranks.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
-from prefix_attn.forest import Forest
+from prefix_attn.forest import CACHED_LAYOUTS, Forest
 
 TILE = 128  # rows of a piece at most, and a quarter of a rank's where these are few
+# How much more than the mean a rank may have to do, before groups are spread over all ranks.
+UNEVEN = 0.05
 
 
+@lru_cache(CACHED_LAYOUTS)
 def deal(forest: Forest, ranks: int) -> tuple[Forest, np.ndarray]:
-    """Deals segments to ranks: even in work, and even in rows to within a piece.
+    """Deals segments to ranks: even in work, and even in rows to within two tiles.
 
     Args:
         forest: of T rows.
@@ -28,26 +37,10 @@ def deal(forest: Forest, ranks: int) -> tuple[Forest, np.ndarray]:
     Returns:
         The same rows with shorter segments, and (S,) the rank of each of these.
     """
-    tile = min(TILE, -(-forest.num_tokens // (4 * ranks)))
-    whole = _whole_subtrees(forest, most=-(-forest.num_tokens // ranks) // 2)
-    tops = [np.arange(a, b, tile) for a, b in _bounds(forest) if not whole[a]]
-    pieces = forest.cut(np.concatenate([np.empty(0, np.int64), *tops]))
-    kept = whole[np.minimum(pieces.starts, forest.num_tokens - 1)]
-    units = _units(forest, pieces, kept)
-    limit = -(-forest.num_tokens // (ranks * tile)) * tile  # rows of a rank
-    rank = np.empty(pieces.num_segments, dtype=np.int64)
-    rows, load = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    for unit in units:
-        need, work = int(pieces.lengths[unit].sum()), int(pieces.segment_pairs[unit].sum())
-        fits = rows + need <= limit
-        if fits.any():
-            chosen = int(np.where(fits, load, np.iinfo(np.int64).max).argmin())
-        else:
-            chosen = int(rows.argmin())
-        rank[unit] = chosen
-        rows[chosen] += need
-        load[chosen] += work
-    return pieces, rank
+    dealing = _Dealing(forest, ranks, nearby=True)
+    if not dealing.is_even():
+        dealing = _Dealing(forest, ranks, nearby=False)
+    return dealing.pieces()
 
 
 def path_segments(forest: Forest, chosen: np.ndarray) -> np.ndarray:
@@ -59,40 +52,134 @@ def path_segments(forest: Forest, chosen: np.ndarray) -> np.ndarray:
     return np.array(keep, dtype=bool)
 
 
+def moved_rows(forest: Forest, ranks: int) -> int:
+    """How many rows, over all ranks, have keys and values that another rank needs."""
+    pieces, rank = deal(forest, ranks)
+    each = (path_segments(pieces, rank == r) & (rank != r) for r in range(ranks))
+    return sum(int(pieces.lengths[others].sum()) for others in each)
+
+
 def keys_move_less(forest: Forest, ranks: int, heads: int, kv_heads: int) -> bool:
-    """Whether the keys and values of shared rows are fewer bytes than the heads of all rows.
+    """Whether the keys and values that are needed are fewer bytes than the heads of all rows.
 
-    Per rank and layer, in numbers of D (N ranks, T rows, P of them shared):
+    Per layer, over all ranks, in numbers of D (N ranks, T rows):
 
-        shared keys    (N - 1) / N * P * 2 Hkv
-        heads          (N - 1) / N * T / N * (2 Hq + 2 max(Hkv, N))
+        keys     moved_rows * 2 Hkv
+        heads    (N - 1) * T / N * (2 Hq + 2 max(Hkv, N))
+
+    Of one group with P shared rows the first are (N - 1) P.
     """
-    shared = int(forest.lengths[forest.continued].sum())
-    return shared * kv_heads * ranks < forest.num_tokens * (heads + max(kv_heads, ranks))
+    traded = (ranks - 1) * forest.num_tokens * (heads + max(kv_heads, ranks))
+    return moved_rows(forest, ranks) * kv_heads * ranks < traded
 
 
-def _bounds(forest: Forest) -> list[tuple[int, int]]:
-    """The first row of each segment that is not empty, and the one behind its last."""
-    filled = forest.lengths > 0
-    return list(zip(forest.starts[filled].tolist(), forest.ends[filled].tolist(), strict=True))
+class _Dealing:
+    """One way to deal.
+
+    Attributes:
+        rank: (T,) of each row.
+        load: (N,) pairs of a query and a key, of each rank.
+        tile: rows of a piece at most, where a segment is cut.
+        limit: rows of a rank.
+    """
+
+    def __init__(self, forest: Forest, ranks: int, *, nearby: bool) -> None:
+        """Deals all rows.
+
+        Args:
+            forest: of T rows.
+            ranks: their number.
+            nearby: deal a subtree that fits no rank to as few ranks as have room for it. Else to
+                all, and so are subtrees of more than half of a rank.
+        """
+        each = -(-forest.num_tokens // ranks)
+        self._forest, self._nearby = forest, nearby
+        self._work_before = np.concatenate([[0], np.cumsum(forest.positions + 1)])
+        self.rank = np.full(forest.num_tokens, -1)
+        self.load = np.zeros(ranks, dtype=np.int64)
+        self.tile = max(1, min(TILE, -(-each // 4)))
+        self.limit = -(-each // self.tile) * self.tile
+        self._most = self.limit if nearby else max(1, each // 2)
+        tiles = self._deal_subtrees(np.full(ranks, self.limit))
+        for start, end, room in sorted(tiles, key=lambda tile: -self._work(*tile[:2])):
+            fits = room >= end - start
+            rank = self._least_loaded(fits) if fits.any() else int(room.argmax())
+            self._give(start, end, rank, room)
+
+    def _deal_subtrees(self, room: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+        """Deals whole subtrees, most work first; returns the tiles of all others.
+
+        Args:
+            room: (N,) how many rows each rank takes.
+
+        Returns:
+            First row and end of each, and the room that is left for it and others.
+        """
+        forest = self._forest
+        starts, ends = forest.starts.tolist(), forest.ends.tolist()
+        subtree_ends = forest.subtree_ends.tolist()
+        below: dict[int, list[int]] = {}  # -1 are the roots
+        for segment, parent in enumerate(forest.parents.tolist()):
+            below.setdefault(parent, []).append(segment)
+        tiles: list[tuple[int, int, np.ndarray]] = []
+        waiting: list[tuple[int, np.ndarray]] = []
+
+        def add(parent: int, room: np.ndarray) -> None:
+            """The most work comes last, and so next."""
+            segments = below.get(parent, [])
+            segments.sort(key=lambda i: self._work(starts[i], subtree_ends[i]))
+            waiting.extend((i, room) for i in segments if subtree_ends[i] > starts[i])
+
+        add(-1, room)
+        while waiting:
+            segment, room = waiting.pop()
+            start, end = starts[segment], subtree_ends[segment]
+            fits = room >= end - start
+            if end - start <= self._most and fits.any():
+                self._give(start, end, self._least_loaded(fits), room)
+                continue
+            if self._nearby:
+                room = _take(room, end - start)
+            add(segment, room)
+            own = range(start, ends[segment], self.tile)
+            tiles += [(a, min(a + self.tile, ends[segment]), room) for a in own]
+        return tiles
+
+    def _work(self, start: int, end: int) -> int:
+        return int(self._work_before[end] - self._work_before[start])
+
+    def _least_loaded(self, fits: np.ndarray) -> int:
+        return int(np.where(fits, self.load, np.iinfo(np.int64).max).argmin())
+
+    def _give(self, start: int, end: int, rank: int, room: np.ndarray) -> None:
+        self.rank[start:end] = rank
+        self.load[rank] += self._work(start, end)
+        room[rank] -= end - start
+
+    def is_even(self) -> bool:
+        """Whether no rank has much more rows or work than the others."""
+        tile_work = self.tile * self._forest.max_length
+        mean, most = self.load.mean(), self.load.max(initial=0)
+        rows = np.bincount(self.rank, minlength=1).max()
+        return rows <= self.limit + self.tile and most <= mean + max(UNEVEN * mean, tile_work)
+
+    def pieces(self) -> tuple[Forest, np.ndarray]:
+        """The forest, cut where another rank begins, and the rank of each segment."""
+        pieces = self._forest.cut(np.flatnonzero(np.diff(self.rank, prepend=-1)))
+        # An empty segment at the end has no row of its own.
+        first = np.minimum(pieces.starts, max(0, len(self.rank) - 1))
+        return pieces, self.rank[first] if len(self.rank) else np.zeros(len(first), np.int64)
 
 
-def _whole_subtrees(forest: Forest, most: int) -> np.ndarray:
-    """(T,) bool: rows of subtrees of at most `most` rows. A subtree is one range of rows."""
-    whole = np.zeros(forest.num_tokens, dtype=bool)
-    for start, end in zip(forest.starts.tolist(), forest.subtree_ends.tolist(), strict=True):
-        if end - start <= most:
-            whole[start:end] = True
-    return whole
-
-
-def _units(forest: Forest, pieces: Forest, kept: np.ndarray) -> list[np.ndarray]:
-    """The segments that go to one rank together: whole subtrees, then tiles, by their work."""
-    top = np.arange(pieces.num_segments)
-    for i, parent in enumerate(pieces.parents.tolist()):
-        if parent >= 0 and kept[i] and kept[parent]:
-            top[i] = top[parent]
-    order = np.argsort(top, kind="stable")
-    units = np.split(order, np.flatnonzero(np.diff(top[order])) + 1)
-    work = {int(unit[0]): int(pieces.segment_pairs[unit].sum()) for unit in units}
-    return sorted(units, key=lambda unit: (not kept[unit[0]], -work[int(unit[0])]))
+def _take(room: np.ndarray, need: int) -> np.ndarray:
+    """Takes room of as few ranks as have it together, the last of them where it just fits."""
+    taken = np.zeros_like(room)
+    while need > 0:
+        fits = room >= need
+        largest = np.iinfo(room.dtype).max
+        rank = np.where(fits, room, largest).argmin() if fits.any() else room.argmax()
+        part = min(need, int(room[rank])) if room[rank] > 0 else need
+        taken[rank] += part
+        room[rank] -= part
+        need -= part
+    return taken

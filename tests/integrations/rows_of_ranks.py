@@ -160,10 +160,15 @@ def assert_exact(
         assert difference <= allowed, (way, difference, allowed)
 
 
-def packed_inputs() -> tuple[prefix_attn.PrefixLayout, Tensor, Tensor]:
+def packed_inputs(
+    layout: prefix_attn.PrefixLayout | None = None,
+) -> tuple[prefix_attn.PrefixLayout, Tensor, Tensor]:
     """The layout, packed ids, and a weight for each pair of predictor and target."""
-    layout, ids = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
     generator = torch.Generator().manual_seed(5)
+    if layout is None:
+        layout, ids = prefix_attn.PrefixLayout.from_sequences(rows_that_share())
+    else:
+        ids = torch.randint(3, VOCAB, (layout.num_tokens,), generator=generator)
     count = len(layout.target_index)
     return layout, ids, torch.randn(count, generator=generator, dtype=torch.float64)
 
@@ -177,15 +182,16 @@ def hidden_of(model: Any, ids: Tensor, position_ids: Tensor, layout: Any) -> Ten
     ).last_hidden_state[0]
 
 
-def whole_log_probs(config: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """The model of one process, its log-probabilities and the gradients of their weighted sum."""
-    layout, ids, weights = packed_inputs()
+def whole_log_probs(
+    config: Any, layout: prefix_attn.PrefixLayout, ids: Tensor, weights: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities of one process, and the gradients of their weighted sum."""
     model = build(config, attn_implementation="prefix_attn")
     hidden = hidden_of(model, ids, layout.position_ids, layout)
     log_probs = packed_log_probs(hidden, model.lm_head.weight, ids, layout)
     (log_probs * weights).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return model, log_probs.detach(), {"logits": torch.ones(1)} | grads
+    return log_probs.detach(), {"logits": torch.ones(1)} | grads
 
 
 LONG, EACH, MEMBERS = 96, 16, 4  # T = 160

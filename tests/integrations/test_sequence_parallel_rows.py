@@ -47,7 +47,7 @@ def test_partial_losses_of_own_rows_add_up(group: Any) -> None:
     """No hidden state is sent. Averaged gradients need the factor, summed ones don't."""
     config = config_of("qwen3", group)
     layout, ids, weights = packed_inputs()
-    _, expected, grads = whole_log_probs(config)
+    expected, grads = whole_log_probs(config, layout, ids, weights)
     model = build(config, attn_implementation="prefix_attn")
     for factor, averaged, way in ((1.0, False, "heads"), (3.0, True, "heads"), (3.0, True, "keys")):
         shard = shard_rows(layout, group, way=way)
@@ -65,6 +65,32 @@ def test_partial_losses_of_own_rows_add_up(group: Any) -> None:
     counts = torch.tensor([len(shard.pairs)])
     dist.all_reduce(counts, group=group)
     assert int(counts) == len(layout.target_index)
+
+
+@on_ranks(4)
+def test_losses_over_large_groups_independent_sequences_and_blocks(group: Any) -> None:
+    """Groups that are larger than half of a rank's rows, and segments that see all of themselves.
+
+    Rows of four kinds of segments: prefixes, empty ones, suffixes, and pictures inside of both.
+    """
+    groups = prefix_attn.PrefixLayout.from_lengths([9, 0, 14], [[4] * 3, [5, 6, 7], [6, 6]])
+    pictures = prefix_attn.PrefixLayout.from_tree(
+        [5, 6, 2, 4, 3, 7, 4], [-1, 0, 1, 2, 1, 4, 5],
+        bidirectional=[False, True, False, False, False, True, False],
+    )  # fmt: skip
+    config = config_of("qwen3", group)
+    for layout, ways in ((groups, WAYS), (pictures, ("heads",))):
+        layout, ids, weights = packed_inputs(layout)
+        expected, grads = whole_log_probs(config, layout, ids, weights)
+        for way in ways:
+            shard = shard_rows(layout, group, way=way)
+            model = build(config, attn_implementation="prefix_attn")
+            hidden = hidden_of(model, ids[shard.rows], shard.position_ids, shard)
+            log_probs = packed_log_probs(hidden, model.lm_head.weight, ids, shard)
+            torch.testing.assert_close(log_probs, expected[shard.pairs], rtol=1e-5, atol=1e-5)
+            (log_probs * weights[shard.pairs]).sum().backward()
+            found = {"logits": torch.ones(1)} | summed(model, group)
+            assert deviation(found, grads) <= ROUNDING
 
 
 @on_ranks(4)
