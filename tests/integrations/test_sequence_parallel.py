@@ -35,6 +35,7 @@ from tests.integrations.rows_of_ranks import (
 )
 from tests.integrations.tiny_models import (
     VOCAB,
+    KeepDouble,
     as_row,
     build,
     deviation,
@@ -44,6 +45,7 @@ from tests.integrations.tiny_models import (
     run,
     tiny_config,
 )
+from tests.integrations.tiny_pictures import vision_model
 from tests.ranks import on_ranks
 
 # ---- exactness --------------------------------------------------------------------------------
@@ -145,6 +147,42 @@ def test_adapters(group: Any) -> None:
         assert deviation(run_whole(model, batch, group), expected) <= ROUNDING
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert deviation(run_whole(model, batch, group), expected) <= ROUNDING
+
+
+# ---- pictures ---------------------------------------------------------------------------------
+
+# Positions of three kinds, features of inner layers, and pictures that see all of themselves: in
+# every layer, or in those with a sliding window alone.
+PICTURES = {"qwen2_5_vl": WAYS, "qwen3_vl": WAYS, "gemma3": ("heads",), "gemma4": ("heads",)}
+
+
+@pytest.mark.parametrize("model_type", PICTURES)
+@on_ranks(2)
+def test_pictures_are_those_of_one_process(group: Any, model_type: str) -> None:
+    """The tower's gradient too: each rank has the part that came through its own rows."""
+    model, batch = vision_model(model_type, differ=True)
+    with KeepDouble():
+        expected = run(copy.deepcopy(model), batch)
+    for way in PICTURES[model_type]:
+        ours = enabled(copy.deepcopy(model), group, "whole", way, self_check=False)
+        with KeepDouble():
+            found = run_whole(ours, batch, group)
+        counts = prefix_attn.stats(ours)
+        assert (counts.calls, counts.packed_calls) == (1, 1)
+        assert counts.pictures_run < counts.pictures_in
+        assert deviation(found, expected) <= 1e-11
+
+
+@on_ranks(2)
+def test_pictures_over_ranks_are_refused_by_name(group: Any) -> None:
+    model, batch = vision_model("gemma3")
+    ours = enabled(copy.deepcopy(model), group, way="keys", self_check=False)
+    with pytest.raises(NotImplementedError, match='pass sequence_parallel_way="heads"'):
+        ours(**batch, use_cache=False)
+    ours = enabled(copy.deepcopy(model), group, "slices", self_check=False)
+    text = slice_of(divisible(pad(rows_that_share()), 2), group)
+    with pytest.raises(NotImplementedError, match=r"rank 0 can't pack its batch: slices of inputs"):
+        ours(**text, use_cache=False)
 
 
 # ---- data x sequence --------------------------------------------------------------------------
