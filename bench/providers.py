@@ -427,13 +427,12 @@ def no_gluon(
 ) -> str | None:
     """Why the optional Hopper forward can't serve a call without further options, or None."""
     try:
+        from prefix_attn.backends.triton import arch_of
         from prefix_attn.kernels import gluon_forward
     except ImportError as error:
         return f"this Triton has no such Gluon ({error})"
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return gluon_forward.why_not(
-        10 * major + minor, dtype, head_dim, head_dim_v, Options(scale), None
-    )
+    arch = arch_of(device) if device.type == "cuda" else 0
+    return gluon_forward.why_not(arch, dtype, head_dim, head_dim_v, Options(scale), None)
 
 
 def _no_gluon(case: Case, device: torch.device) -> str | None:

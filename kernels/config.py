@@ -89,30 +89,38 @@ INTERPRETER = Config(
 )
 
 
+# Architectures of AMD that have tiles: MI300, MI350.
+AMD = ("gfx942", "gfx950")
+
+
 def suits_tma(head_dim: int, head_dim_v: int, itemsize: int) -> bool:
     """Whether TMA can address heads of these sizes: in steps of 16 bytes."""
     return head_dim * itemsize % 16 == 0 and head_dim_v * itemsize % 16 == 0
 
 
-def why_no_tiles(capability: int | None = None, amd: str | None = None) -> str | None:
-    """The reason why there are no tiles for a GPU, or None.
+def name_of(arch: int | str) -> str:
+    """An architecture as compilers write it: "sm_90" or "gfx942"."""
+    return arch if isinstance(arch, str) else f"sm_{arch}"
 
-    Args:
-        capability: compute capability as major * 10 + minor, such as 90.
-        amd: or the architecture of an AMD GPU, such as "gfx942".
-    """
-    if amd is not None:
-        return f"AMD GPUs have no tiles here, got {amd}"
-    if capability is not None and capability < 80:
-        return (
-            "needs compute capability 8.0 (A100, RTX 30) or newer, got "
-            f"{capability // 10}.{capability % 10}"
-        )
+
+def version_of(arch: int | str) -> str:
+    """An architecture as its maker writes it: "9.0" or "gfx942"."""
+    return arch if isinstance(arch, str) else f"{arch // 10}.{arch % 10}"
+
+
+def why_no_tiles(arch: int | str) -> str | None:
+    """The reason why there are no tiles for a GPU, or None; `arch` as in `select_config`."""
+    if isinstance(arch, str):
+        if arch in AMD:
+            return None
+        return f"of AMD's GPUs needs gfx942 (MI300) or gfx950 (MI350), got {arch}"
+    if arch < 80:
+        return f"needs compute capability 8.0 (A100, RTX 30) or newer, got {version_of(arch)}"
     return None
 
 
 def select_config(
-    capability: int,
+    arch: int | str,
     head_dim: int,
     dtype: torch.dtype,
     processors: int,
@@ -123,7 +131,8 @@ def select_config(
     """Returns the configuration for a device.
 
     Args:
-        capability: compute capability as major * 10 + minor, such as 90.
+        arch: compute capability as major * 10 + minor, such as 90, or the architecture of an AMD
+            GPU, such as "gfx942".
         head_dim: D.
         dtype: dtype of q, k and v.
         processors: multiprocessors of the device.
@@ -132,14 +141,16 @@ def select_config(
     """
     dims = {head_dim, head_dim if head_dim_v is None else head_dim_v}
     head_dim = max(dims)
+    if isinstance(arch, str):
+        return _amd(arch, head_dim, dtype, processors)
     if dtype == torch.float32:
         return _float32(head_dim, processors, tf32)
-    if capability < 80 or capability in (86, 89) or capability >= 120:
+    if arch in (86, 89) or arch >= 120:
         return _small(head_dim, processors)
-    if capability < 90:
+    if arch < 90:
         return _ampere(head_dim, processors)
     descriptors = suits_tma(min(dims), max(dims), dtype.itemsize)
-    return _hopper(head_dim, processors, capability < 100, descriptors)
+    return _hopper(head_dim, processors, arch < 100, descriptors)
 
 
 # bench/machine_code_budget.json has registers, spills and shared memory of every choice below. The
@@ -229,3 +240,26 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
             backward_descriptors=True,
         )
     return config
+
+
+def _amd(arch: str, head_dim: int, dtype: torch.dtype, processors: int) -> Config:
+    """CDNA 3 with 64 KB of shared memory in a block, CDNA 4 with 160 KB: four warps of 64 threads.
+
+    Each warp has 16 or 32 keys, or query rows, of its own: where a tile has fewer, warps compute
+    the same scores. With at most 256 registers a second block hides what the first one waits for.
+    """
+    if dtype == torch.float32:
+        if head_dim <= 64:
+            return Config(Tile(128, 32, 1), 4, Tile(16, 64, 1), Tile(64, 16, 1), 4, processors)
+        if head_dim <= 128:
+            return Config(Tile(64, 32, 1), 4, Tile(16, 64, 1), Tile(64, 16, 1), 4, processors)
+        # 64 keys spill.
+        return Config(Tile(64, 16, 1), 4, Tile(16, 32, 1), Tile(32, 16, 1), 4, processors)
+    if head_dim <= 64:
+        return Config(Tile(128, 64), 4, Tile(32, 128, 1), Tile(128, 32, 1), 4, processors)
+    if head_dim <= 128:
+        # With 64 keys in the forward one block fits.
+        return Config(Tile(128, 32), 4, Tile(16, 64, 1), Tile(64, 16, 1), 4, processors)
+    # On CDNA 3 one block fits with either, on CDNA 4 two with 64 rows.
+    forward = Tile(128, 32, 1) if arch == "gfx942" else Tile(64, 32, 1)
+    return Config(forward, 4, Tile(16, 64, 1), Tile(64, 16, 1), 4, processors)

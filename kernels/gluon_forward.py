@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prefix_attn.kernels import arguments, primitives
 from prefix_attn.kernels.arguments import QueryItem
-from prefix_attn.kernels.config import Config, Tile
+from prefix_attn.kernels.config import Config, Tile, version_of
 from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
 
@@ -318,7 +318,7 @@ def select_tile(head_dim: int, head_dim_v: int) -> Tile:
 
 
 def why_not(
-    capability: int,
+    arch: int | str,
     dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
@@ -328,7 +328,7 @@ def why_not(
     """The reason why this kernel can't serve a call, or None.
 
     Args:
-        capability: compute capability as major * 10 + minor, such as 90.
+        arch: of the GPU, such as 90; see `select_config`.
         dtype: dtype of q, k and v.
         head_dim: D.
         head_dim_v: DV.
@@ -340,8 +340,8 @@ def why_not(
     if tma_load is None:
         known = ", ".join(LOADS)
         return f"Gluon changes with every Triton: known are {known}, got {triton.__version__}"
-    if capability != 90:
-        return f"needs compute capability 9.0 (Hopper), got {capability // 10}.{capability % 10}"
+    if arch != 90:
+        return f"needs compute capability 9.0 (Hopper), got {version_of(arch)}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {dtype}"
     if head_dim not in (64, 128) or head_dim_v not in (64, 128):

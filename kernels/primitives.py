@@ -146,7 +146,15 @@ def dot_precision(dtype: torch.dtype) -> str:
     the newer one was set.
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if tf32 and has_tf32() else "ieee"
+
+
+def has_tf32() -> bool:
+    """Whether Triton multiplies in tf32 on the current GPU: of AMD's only gfx942 can."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend != "hip" or target.arch.startswith("gfx942")
 
 
 def mode_of(dtype: torch.dtype, options: Options) -> Mode:

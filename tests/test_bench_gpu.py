@@ -238,7 +238,7 @@ def _sweep_row(kernel, mode, block_m, ms):
         "mode": mode,
         "ms": ms,
         "case": {"dtype": "bfloat16", "head_dim": 128},
-        "capability": 90,
+        "arch": 90,
         "tiles": tune.asdict(config),
     }
 

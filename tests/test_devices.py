@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
+from bench.machine_code.compile import stand_in_driver
 from prefix_attn.api import choose_backend
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.kernels.config import select_config
+from prefix_attn.kernels.primitives import dot_precision
 
 needs_no_interpreter = pytest.mark.skipif(
     triton_backend.INTERPRETED, reason="the interpreter runs anywhere"
@@ -48,9 +53,8 @@ def use_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 REFUSED = [
     (7, 5, None, "needs compute capability 8.0 (A100, RTX 30) or newer, got 7.5"),
     (7, 0, None, "got 7.0"),
-    (9, 0, "gfx90a:sramecc+:xnack-", "AMD GPUs have no tiles here, got gfx90a"),
+    (9, 0, "gfx90a:sramecc+:xnack-", "of AMD's GPUs needs gfx942 (MI300) or gfx950 (MI350)"),
     (11, 0, "gfx1100", "got gfx1100"),
-    (9, 4, "gfx942:sramecc+:xnack-", "got gfx942"),
 ]
 
 
@@ -78,3 +82,32 @@ def test_gpu_with_tiles_is_served(use_gpu, major_minor):
     expected = select_config(major * 10 + minor, 64, torch.bfloat16, 84)
     assert (config.forward, config.keys, config.l2_bytes) == (expected.forward, expected.keys, 4)
     assert triton_backend.config_for(x, x) is config
+
+
+@needs_no_interpreter
+@pytest.mark.parametrize(("minor", "amd"), [(4, "gfx942:sramecc+:xnack-"), (5, "gfx950:sramecc+")])
+def test_amd_gpu_has_tiles_of_its_own(use_gpu, minor, amd):
+    """They have compute capabilities as well, behind those of Hopper."""
+    use_gpu(9, minor, amd)
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "triton"
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(5, 2, 128))
+    assert triton_backend.arch_of(x.device) == amd[:6]
+    config = triton_backend.config_for(x, x)
+    assert config == replace(select_config(amd[:6], 128, torch.bfloat16, 84), l2_bytes=4)
+    assert config.forward_warps == config.backward_warps == 4
+    assert not config.forward_descriptors
+    assert not config.backward_descriptors
+    assert config.fused is None
+
+
+@needs_no_interpreter
+@pytest.mark.parametrize(
+    ("arch", "precision"), [(90, "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")]
+)
+def test_products_are_tf32_where_the_gpu_has_it(monkeypatch, arch, precision):
+    """Triton refuses to compile tf32 for what does not have it."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    driver = SimpleNamespace(active=stand_in_driver(arch))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    assert dot_precision(torch.float32) == precision
+    assert dot_precision(torch.bfloat16) == "ieee"

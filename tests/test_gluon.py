@@ -474,7 +474,8 @@ def test_gluon_launcher_takes_no_queries(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"capability": 100}, r"got 10\.0"),
+        ({"arch": 100}, r"got 10\.0"),
+        ({"arch": "gfx942"}, "got gfx942"),
         ({"dtype": torch.float32}, "got torch.float32"),
         ({"head_dim_v": 80}, "DV 80"),
         ({"options": replace(PLAIN, window_size=4)}, "no window_size"),
@@ -485,7 +486,7 @@ def test_gluon_launcher_takes_no_queries(monkeypatch):
 )
 def test_gluon_says_why_not(change, words):
     call = {
-        "capability": 90, "dtype": torch.bfloat16, "head_dim": 128, "head_dim_v": 128,
+        "arch": 90, "dtype": torch.bfloat16, "head_dim": 128, "head_dim_v": 128,
         "options": PLAIN, "sinks": None,
     }  # fmt: skip
     assert gluon_forward.why_not(**call) is None

@@ -17,7 +17,7 @@ KEY = "sm_90 bfloat16 128 128"
 def _row(ms: float, config: Config) -> dict:
     case = {"dtype": "bfloat16", "head_dim": 128}
     return {
-        "ms": ms, "kernel": "backward", "case": case, "capability": 90,
+        "ms": ms, "kernel": "backward", "case": case, "arch": 90,
         "tiles": tune.asdict(config),
     }  # fmt: skip
 
@@ -33,6 +33,7 @@ def test_best_candidate_of_a_sweep_is_applied(tmp_path):
     assert tuned.forward == present.forward  # a sweep of the backward decides nothing else
     assert tuning.apply(str(path), "sm_90 bfloat16 64 64", present) == present
     assert tuning.key_of(90, torch.bfloat16, 128, 128) == KEY
+    assert tuning.key_of("gfx942", torch.float16, 64, 64) == "gfx942 float16 64 64"
 
 
 def test_sweeps_of_both_kernels_share_an_entry(tmp_path):

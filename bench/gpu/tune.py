@@ -130,17 +130,17 @@ def label(tuned: str, config: Config) -> str:
 def units(session: Session, args: argparse.Namespace) -> list[Unit]:
     """One unit per candidate."""
     case: Case = args.tuned_case
-    capability, processors = _capability(session.device) or 90, 132
+    arch, processors = _arch(session.device), 132
     if session.device.type == "cuda":
         processors = torch.cuda.get_device_properties(session.device).multi_processor_count
-    present = select_config(capability, case.head_dim, case.torch_dtype, processors)
+    present = select_config(arch or 90, case.head_dim, case.torch_dtype, processors)
     ours = next(p for p in PROVIDERS if p.name == OURS)
     provider = _modes()[args.mode] if args.mode else ours
     tuned: str = args.tuned
     if tuned == FUSED and present.fused is None:
         raise SystemExit(f"{case.label}: deterministic=False has no tile of its own to sweep here")
     # Consumer Blackwell has TMA, but not the shared memory for these tiles.
-    has_tma = 90 <= _capability(session.device) < 120
+    has_tma = isinstance(arch, int) and 90 <= arch < 120
     descriptors = has_tma and suits_tma(case.head_dim, case.head_dim, case.torch_dtype.itemsize)
     seconds = 0.0 if session.dry else CANDIDATE_SECONDS
     prefix = f"tune/{args.kernel}/{case.label} {case.dtype} {args.mode or 'plain'}"
@@ -151,12 +151,9 @@ def units(session: Session, args: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def _capability(device: torch.device) -> int:
-    """Compute capability as major * 10 + minor, 0 in a dry run."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+def _arch(device: torch.device) -> int | str:
+    """As `select_config` takes it, 0 in a dry run."""
+    return triton_backend.arch_of(device) if device.type == "cuda" else 0
 
 
 def keep_best(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -164,7 +161,7 @@ def keep_best(path: Path, rows: list[dict[str, Any]]) -> None:
 
     Args:
         path: the file; what it holds for other shapes stays.
-        rows: those of `time_candidate`, of one kernel and one case, with `compute_capability`.
+        rows: those of `time_candidate`, of one kernel and one case.
     """
     best = min(rows, key=lambda row: row["ms"])
     values = {
@@ -172,7 +169,7 @@ def keep_best(path: Path, rows: list[dict[str, Any]]) -> None:
         for name, value in best["tiles"].items()
     }
     case = best["case"]
-    key = tuning.key_of(best["capability"], case["dtype"], case["head_dim"], case["head_dim"])
+    key = tuning.key_of(best["arch"], case["dtype"], case["head_dim"], case["head_dim"])
     tuning.store(path, key, best["kernel"], Config(**values))
 
 
@@ -224,7 +221,7 @@ def time_candidate(
             "config": label(tuned, config),
             "is_present": config == present,
             "tiles": asdict(config),
-            "capability": _capability(session.device),
+            "arch": _arch(session.device),
             "ms": own.median,
             "p20_ms": own.p20,
             "p80_ms": own.p80,

@@ -2,8 +2,10 @@
 
 `python -m bench.machine_code` compiles every kernel as the package's own launchers call it, in the
 configurations of `everything`, and holds the result against `bench/machine_code_budget.json`.
-`--arch`, `--dtype`, `--head-dim` and `--kernel` choose others. The shares of peak come from a model
-that counts issue slots (`bench.machine_code.sass`): nothing here is measured.
+`--arch`, `--dtype`, `--head-dim` and `--kernel` choose others, and the Python that runs it chooses
+the Triton. `--fits` asks whether everything fits into the shared memory of consumer cards. The
+shares of peak come from a model that counts issue slots (`bench.machine_code.sass`), the clocks of
+full and masked tiles on Hopper from another one (`bench.machine_code.walk`): nothing is measured.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from bench.machine_code.programs import (
     HEADS,
     KERNELS,
     KV_HEADS,
+    consumer,
     everything,
-    quick,
     selected,
+    tested,
 )
+from prefix_attn.kernels.config import AMD
 
 NOTE = (
     "Compiled, not measured: nothing here ran on a GPU. The shares are those of a model that "
@@ -67,6 +71,7 @@ def table(reports: list[Report]) -> str:
             )
         )
         for function, loop in figures.loops.items():
+            walks = [f"{x:.0f}" for x in (loop.walk, loop.masked_walk) if x is not None]
             lines.append(
                 (
                     f"  full loop of {function}",
@@ -76,7 +81,8 @@ def table(reports: list[Report]) -> str:
                     str(loop.local),
                     str(loop.tma),
                     _counts(loop.tensor),
-                    f"{loop.useful:.0f} of {loop.together:.0f}-{loop.apart:.0f} clocks",
+                    f"{loop.useful:.0f} of {loop.together:.0f}-{loop.apart:.0f} clocks"
+                    + (f", walk {' / masked '.join(walks)}" if walks else ""),
                 )
             )
     return tables.text(lines, "l" * len(header))
@@ -110,7 +116,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; exits with the reason when it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the set of the tests")
-    parser.add_argument("--arch", type=int, nargs="+", choices=list(LIMITS), help="80 90 100")
+    parser.add_argument(
+        "--fits", action="store_true", help="whether consumer cards have the shared memory for all"
+    )
+    parser.add_argument(
+        "--arch", type=_arch, nargs="+", choices=list(LIMITS), help="80 90 100 gfx942 gfx950"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all")
     parser.add_argument(
         "--head-dim", nargs="+", metavar="D", help=f"D or D/DV: {' '.join(HEAD_DIMS)}"
@@ -123,10 +134,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="write the figures into bench/machine_code_budget.json; its exceptions stay",
     )
+    parser.add_argument(
+        "--accept-known",
+        action="store_true",
+        help="with --update-budget: write the figures of exceptions, too, where a reason is known",
+    )
     args = parser.parse_args(arguments)
     chosen = (args.arch, args.dtype, args.head_dim, args.kernel)
-    if args.quick and any(chosen):
-        parser.error("--quick chooses what to compile: leave out --arch, --dtype, and so on")
+    if args.quick + args.fits + any(chosen) > 1:
+        name = "quick" if args.quick else "fits"
+        parser.error(f"--{name} chooses what to compile: leave out --arch, --dtype, and so on")
+    if args.accept_known and not args.update_budget:
+        parser.error("--accept-known goes with --update-budget")
+    if args.fits and args.update_budget:
+        parser.error("--fits has no budget: leave out --update-budget")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     for size in args.head_dim or ():
@@ -137,15 +158,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--head-dim must be in 1..256, got {head_dim}")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json must name a file in a folder that exists, got {args.json}")
-    args.programs = quick() if args.quick else everything()
+    args.programs = consumer() if args.fits else everything()
     if any(chosen):
         args.programs = selected(
-            args.arch or list(ARCHITECTURES),
+            args.arch or [*ARCHITECTURES, *AMD],
             args.dtype or list(DTYPES),
             args.head_dim or list(HEAD_DIMS),
             args.kernel or list(KERNELS),
         )
     return args
+
+
+def _arch(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def main() -> int:
@@ -157,7 +182,8 @@ def main() -> int:
     import triton
 
     budget = Budget.from_file(triton_version=triton.__version__)
-    programs, started, done = args.programs, time.monotonic(), 0
+    programs = tested(triton.__version__) if args.quick else args.programs
+    started, done = time.monotonic(), 0
 
     def tick(report: Report) -> None:
         nonlocal done
@@ -175,9 +201,12 @@ def main() -> int:
     print(f"\nTriton {triton.__version__}, {HEADS}/{KV_HEADS} heads. {NOTE}\n\n{table(reports)}\n")
     if args.json:
         args.json.write_text(as_json(reports, triton.__version__) + "\n")
+    if args.fits:
+        return _print_fits(reports)
     if args.update_budget:
         known = {program.label for program in everything()}
         budget = budget.updated(reports).pruned(known | {r.program.label for r in reports})
+        budget = budget.accepting(reports) if args.accept_known else budget
         budget.write()
         print(f"Written: {budget.path}")
     over = [(report, found) for report in reports if (found := budget.violations(report))]
@@ -191,6 +220,22 @@ def main() -> int:
             "loops were compared with nothing: --update-budget writes them"
         )
     return 1 if over else 0
+
+
+def _print_fits(reports: list[Report]) -> int:
+    """Says what needs the most shared memory; 1 if that is more than there is."""
+    wrong = [
+        f"{report.program.label}: {violation.text}"
+        for report in reports
+        for violation in report.violations()
+        if violation.rule in ("compile", "shared")
+    ]
+    for report in sorted(reports, key=lambda x: -(x.figures.shared if x.figures else 0))[:5]:
+        if report.figures is not None:
+            limit = LIMITS[report.program.arch].shared_per_block
+            print(f"{report.program.label}: {report.figures.shared} of {limit} bytes")
+    print("\n".join([*wrong, f"{len(reports)} programs, {len(wrong)} do not fit"]))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

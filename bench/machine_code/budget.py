@@ -1,8 +1,8 @@
 """What the machine code of each program may cost: `bench/machine_code_budget.json`.
 
 `baselines` holds, per minor version of Triton and program, the figures that `python -m
-bench.machine_code --update-budget` writes. `exceptions` is written by hand: the rules that a
-program is known to break, up to which figures, and why.
+bench.machine_code --update-budget` writes. `exceptions` holds the rules that a program is known to
+break, up to which figures, and why: reasons are written by hand, figures by `--accept-known`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.machine_code.figures import Report, Violation
+from bench.machine_code.figures import LoopFigures, Report, Violation
 from bench.machine_code.programs import Program, quick
 
 PATH = Path(__file__).parents[1] / "machine_code_budget.json"
-# A hot loop may grow by this part of its baseline.
+# A hot loop, or code whose loops are not read, may grow by this part of its baseline.
 GROWTH = 0.03
 
 
@@ -30,6 +30,12 @@ class KnownFault:
     programs: dict[str, tuple[int, ...]]
     rule: str
     reason: str
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> KnownFault:
+        """Inverse of `dataclasses.asdict`."""
+        programs = {name: tuple(figures) for name, figures in entry["programs"].items()}
+        return cls(programs, entry["rule"], entry["reason"])
 
     def covers(self, program: str, violation: Violation) -> bool:
         """Whether a violation is known and has not got worse."""
@@ -63,14 +69,7 @@ class Budget:
         """Reads the part for a version of Triton; there is none for versions not seen yet."""
         minor = ".".join(triton_version.split(".")[:2])
         content = json.loads(path.read_text())
-        faults = [
-            KnownFault(
-                {name: tuple(figures) for name, figures in entry["programs"].items()},
-                entry["rule"],
-                entry["reason"],
-            )
-            for entry in content["exceptions"].get(minor, [])
-        ]
+        faults = [KnownFault.from_json(entry) for entry in content["exceptions"].get(minor, [])]
         return cls(path, minor, content["baselines"].get(minor, {}), faults)
 
     def missing(self, programs: Iterable[Program]) -> list[str]:
@@ -94,6 +93,12 @@ class Budget:
             text = f"has loops {sorted(report.figures.loops)}, its baseline"
             return [Violation("baseline", f"{text} {sorted(baseline['loops'])}")]
         found = []
+        if report.blocks < baseline["blocks"]:
+            text = f"a processor holds {report.blocks} blocks, baseline {baseline['blocks']}"
+            found.append(Violation("blocks", text))
+        for name, most in baseline.get("code", {}).items():
+            if (now := report.code[name]) > most * (1 + GROWTH):
+                found.append(Violation("code", f"{now} {name}, baseline {most}"))
         for function, before in baseline["loops"].items():
             loop = report.figures.loops[function]
             for name, words in (("instructions", "instructions"), ("apart", "modelled clocks")):
@@ -114,14 +119,44 @@ class Budget:
                 "shared": report.figures.shared,
                 "share": [round(x, 3) for x in report.shares() or ()],
                 "loops": {
-                    function: {"instructions": loop.instructions, "apart": round(loop.apart, 1)}
+                    function: {
+                        "instructions": loop.instructions,
+                        "apart": round(loop.apart, 1),
+                        **_walks(loop),
+                    }
                     for function, loop in report.figures.loops.items()
                 },
+                **({} if report.figures.loops else {"code": report.code}),
             }
             for report in reports
             if report.figures is not None
         }
         return replace(self, baselines=self.baselines | fresh)
+
+    def accepting(self, reports: list[Report]) -> Budget:
+        """The same with the figures of what these programs break, where a reason is known.
+
+        A reason of another version of Triton is one of this version, too.
+        """
+        exceptions = json.loads(self.path.read_text())["exceptions"]
+        others = [KnownFault.from_json(x) for version in exceptions.values() for x in version]
+        reasons = {
+            (fault.rule, program): fault.reason
+            for fault in (*others, *self.faults)  # those of this version count
+            for program in fault.programs
+        }
+        broken: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+        anew = {report.program.label for report in reports if report.figures is not None}
+        for fault in self.faults:
+            kept = {name: x for name, x in fault.programs.items() if name not in anew}
+            broken.setdefault((fault.rule, fault.reason), {}).update(kept)
+        for report in reports:
+            label = report.program.label
+            for x in report.violations():
+                if reason := reasons.get((x.rule, label)):
+                    broken.setdefault((x.rule, reason), {})[label] = x.figures
+        faults = [KnownFault(x, rule, why) for (rule, why), x in broken.items() if x]
+        return replace(self, faults=faults)
 
     def pruned(self, labels: set[str]) -> Budget:
         """Without the programs that no longer exist."""
@@ -129,10 +164,16 @@ class Budget:
         return replace(self, baselines=kept)
 
     def write(self) -> None:
-        """Writes the baselines into the file; everything else in it stays."""
+        """Writes the part of this version into the file; everything else in it stays."""
         content = json.loads(self.path.read_text())
         content["baselines"][self.triton] = dict(sorted(self.baselines.items()))
-        content["baselines"] = dict(sorted(content["baselines"].items()))
+        if self.faults or self.triton in content["exceptions"]:
+            content["exceptions"][self.triton] = [
+                {"rule": fault.rule, "reason": fault.reason, "programs": fault.programs}
+                for fault in self.faults
+            ]
+        for part in ("baselines", "exceptions"):
+            content[part] = dict(sorted(content[part].items(), key=lambda item: _number(item[0])))
         self.path.write_text(_format(content))
 
 
@@ -142,7 +183,7 @@ def markdown(path: Path = PATH) -> str:
     It has the programs that the tests compile.
     """
     baselines = json.loads(path.read_text())["baselines"]
-    versions = sorted(baselines, key=lambda text: [int(part) for part in text.split(".")])
+    versions = sorted(baselines, key=_number)
     old, new = baselines[versions[0]], baselines[versions[-1]]
     header = (
         "program", "tiles, stages, warps", "registers", "spilled bytes, stored / loaded",
@@ -159,7 +200,7 @@ def markdown(path: Path = PATH) -> str:
             "{} / {}".format(*x["spills"]) if any(x["spills"]) else "none",
             f"{x['shared'] / 1024:.0f}",
             str(x["blocks"]),
-            "-".join(f"{share:.0%}" for share in x["share"]),
+            "-".join(f"{share:.0%}" for share in x["share"]) or "no model",
         )
 
     rows = []
@@ -168,6 +209,18 @@ def markdown(path: Path = PATH) -> str:
         rows.append((label, *(now if now == then else f"{now} ({then})" for now, then in both)))
     table = tables.markdown(header, rows, "l" * len(header))
     return f"{table}\n\nTriton {versions[-1]}, in brackets {versions[0]} where it differs."
+
+
+def _walks(loop: LoopFigures) -> dict[str, list[int]]:
+    """Those of full and of masked tiles, where there are both."""
+    if loop.walk is None or loop.masked_walk is None:
+        return {}
+    return {"walk": [round(loop.walk), round(loop.masked_walk)]}
+
+
+def _number(version: str) -> list[int]:
+    """A version as it is sorted: 3.10 behind 3.9."""
+    return [int(part) for part in version.split(".")]
 
 
 def _format(content: dict[str, Any]) -> str:

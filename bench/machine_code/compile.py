@@ -27,20 +27,21 @@ from unittest import mock
 import torch
 
 from bench.cases import DTYPES
+from bench.machine_code import amd
 from bench.machine_code.figures import Figures, Report, read_figures
 from bench.machine_code.programs import HEADS, KV_HEADS, OPTIONS, Program
 
 ROOT = Path(__file__).parents[2]
 
 
-def stand_in_driver(capability: int) -> Any:
+def stand_in_driver(arch: int | str) -> Any:
     """Tells Triton which GPU to compile for; there is none to launch on."""
     from triton.backends.compiler import GPUTarget
 
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: capability,  # any device has the same architecture
+        get_current_device=lambda: arch,  # any device has the same architecture
         get_current_stream=lambda device: 0,
     )
 
@@ -99,7 +100,7 @@ def _launch(program: Program) -> Any:
     if "sinks" in arguments:
         arguments["sinks"] = torch.zeros(HEADS, requires_grad=True)
     torch.backends.cuda.matmul.allow_tf32 = program.dtype == "tf32"
-    triton.runtime.driver.set_active(stand_in_driver(program.capability))
+    triton.runtime.driver.set_active(stand_in_driver(program.arch))
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
@@ -122,6 +123,9 @@ def compile_program(program: Program) -> Figures:
         knobs.compilation.always_compile = True
         knobs.cache.dir = folder
         compiled = _launch(program)
+        if isinstance(program.arch, str):
+            assembly, shared = compiled.asm["amdgcn"], compiled.metadata.shared
+            return amd.read_figures(program, assembly, shared=shared)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [knobs.nvidia.nvdisasm.path, "-gi", "-c", str(cubin)]

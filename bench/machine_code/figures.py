@@ -8,31 +8,43 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bench.machine_code import sass
+from bench.machine_code import sass, walk
 from bench.machine_code.programs import Program
-
-REGISTERS_PER_PROCESSOR = 65536
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a multiprocessor has; shared memory in bytes."""
+    """What a multiprocessor has; shared memory in bytes.
+
+    Attributes:
+        shared_per_block: what one block may have.
+        shared_per_processor: for all blocks.
+        warps: of all blocks.
+        tensor: the instruction of its tensor cores.
+        threads: of a warp.
+        registers: of all blocks.
+        shared_reserved: per block, by the driver.
+    """
 
     shared_per_block: int
     shared_per_processor: int
     warps: int
     tensor: str
+    threads: int = 32
+    registers: int = 65536
+    shared_reserved: int = 1 << 10
 
 
-LIMITS = {
+LIMITS: dict[int | str, Limits] = {
     80: Limits(163 << 10, 164 << 10, 64, "HMMA"),
     86: Limits(99 << 10, 100 << 10, 48, "HMMA"),
     89: Limits(99 << 10, 100 << 10, 48, "HMMA"),
     90: Limits(227 << 10, 228 << 10, 64, "HGMMA"),
     100: Limits(227 << 10, 228 << 10, 64, "UTCHMMA"),
     120: Limits(99 << 10, 100 << 10, 48, "HMMA"),
+    "gfx942": Limits(64 << 10, 64 << 10, 32, "MFMA", 64, 131072, 0),
+    "gfx950": Limits(160 << 10, 160 << 10, 32, "MFMA", 64, 131072, 0),
 }
-SHARED_RESERVED = 1 << 10  # per block, by the driver
 TENSOR_MEMORY_COLUMNS = 512
 
 
@@ -50,6 +62,8 @@ class LoopFigures:
         useful: modelled clocks of the matrix products at the processor's peak rate.
         apart: modelled clocks of an iteration if nothing overlaps with matrix products.
         together: the same with perfect overlap.
+        walk: modelled clocks of an iteration in the order of its instructions, on Hopper.
+        masked_walk: the same of the loop over masked tiles.
     """
 
     instructions: int
@@ -61,6 +75,8 @@ class LoopFigures:
     useful: float
     apart: float
     together: float
+    walk: float | None = None
+    masked_walk: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,8 @@ class Violation:
 
     Attributes:
         rule: "compile", "shared", "tensor memory", "serialized", "registers", "spills",
-            "loop spills", "tensor cores", "descriptors", "shape" or "hot loop".
+            "loop spills", "tensor cores", "descriptors", "baseline", "blocks", "code" or
+            "hot loop".
         text: the same in a sentence, with figures.
         figures: what an exception has to allow; empty where nothing can be allowed.
     """
@@ -132,17 +149,25 @@ class Report:
         """Blocks that a multiprocessor holds at a time."""
         if self.figures is None:
             return 0
-        limits, warps = LIMITS[self.program.capability], self.program.warps
-        # Registers are given to a warp in steps of 256.
-        per_block = -(-self.figures.registers * 32 // 256) * 256 * warps
+        limits, warps = LIMITS[self.program.arch], self.program.warps
+        # A thread is given registers in steps of eight.
+        per_block = -(-self.figures.registers // 8) * 8 * limits.threads * warps
         bounds = [
-            REGISTERS_PER_PROCESSOR // per_block,
-            limits.shared_per_processor // (self.figures.shared + SHARED_RESERVED),
+            limits.registers // per_block,
+            limits.shared_per_processor // max(1, self.figures.shared + limits.shared_reserved),
             limits.warps // warps,
         ]
         if self.figures.tensor_memory:
             bounds.append(TENSOR_MEMORY_COLUMNS // self.figures.tensor_memory)
         return min(bounds)
+
+    @property
+    def code(self) -> dict[str, int]:
+        """Instructions and matrix products of all of it, for where loops are not read."""
+        if self.figures is None:
+            return {}
+        products = sum(self.figures.tensor.values())
+        return {"instructions": self.figures.instructions, "matrix products": products}
 
     def shares(self) -> tuple[float, float] | None:
         """Modelled share of peak without and with overlap, or None where there is no loop.
@@ -170,7 +195,7 @@ class Report:
         if figures is None:
             yield Violation("compile", f"did not compile: {self.error}")
             return
-        limits = LIMITS[program.capability]
+        limits = LIMITS[program.arch]
         if figures.shared > limits.shared_per_block:
             text = f"needs {figures.shared} bytes of shared memory of {limits.shared_per_block}"
             yield Violation("shared", text)
@@ -179,20 +204,24 @@ class Report:
             yield Violation("tensor memory", f"{text} of {TENSOR_MEMORY_COLUMNS}")
         if figures.serialized:
             yield Violation("serialized", "ptxas serialized its matrix products")
-        if figures.registers <= 32 and program.has_loop:
+        if figures.registers <= 32 and program.has_loop and not program.is_amd:
             text = f"has {figures.registers} registers: ptxas gave up"
             yield Violation("registers", text, (figures.registers,))
         if figures.spill_stores or figures.spill_loads:
             spilled = (figures.spill_stores, figures.spill_loads)
             yield Violation("spills", f"spills {spilled[0]} / {spilled[1]} bytes", spilled)
-        if program.has_loop and not figures.loops:
+        if program.is_amd:
+            # How its loops go on is not read here, only whether they have what they need.
+            if program.has_loop and not figures.tensor:
+                yield Violation("tensor cores", "has no MFMA")
+        elif program.has_loop and not figures.loops:
             yield Violation("tensor cores", "has no loop that multiplies matrices")
         for function, loop in figures.loops.items():
             where = f"in the full loop of {function}"
             yield from self._broken_by(loop, where, figures.descriptors)
 
     def _broken_by(self, loop: LoopFigures, where: str, descriptors: bool) -> Iterator[Violation]:
-        dtype, tensor = self.program.dtype, LIMITS[self.program.capability].tensor
+        dtype, tensor = self.program.dtype, LIMITS[self.program.arch].tensor
         if loop.local:
             text = f"has {loop.local} local-memory instructions {where}"
             yield Violation("loop spills", text, (loop.local,))
@@ -203,7 +232,7 @@ class Report:
             yield Violation("tensor cores", f"has no {tensor} {where}, only {loop.tensor or 'FMA'}")
         elif tensor == "HGMMA" and dtype != "tf32" and "HMMA" in loop.tensor:
             yield Violation("tensor cores", f"has {loop.tensor['HMMA']} HMMA {where}")
-        if descriptors and self.program.capability >= 90 and not loop.tma:
+        if descriptors and not loop.tma:
             yield Violation("descriptors", f"has no UTMALDG {where}")
 
 
@@ -226,7 +255,8 @@ def read_figures(
 
     instructions, labels = sass.parse(listing)
     names = Counter(x.name for x in instructions)
-    found = sass.full_loops(sass.loops(instructions, labels)) if program.has_loop else {}
+    found = sass.loops(instructions, labels) if program.has_loop else []
+    full, masked = sass.full_loops(found), sass.masked_loops(found)
     return Figures(
         registers=number(r"Used (\d+) registers"),
         spill_stores=number(r"(\d+) bytes spill stores"),
@@ -239,21 +269,31 @@ def read_figures(
         local=sum(names[name] for name in sass.LOCAL),
         descriptors=descriptors,
         serialized="serialized" in log,
-        loops={name: _loop_figures(program, name, loop) for name, loop in sorted(found.items())},
+        loops={
+            name: _loop_figures(program, name, loop, masked.get(name))
+            for name, loop in sorted(full.items())
+        },
     )
 
 
-def _loop_figures(program: Program, function: str, loop: sass.Loop) -> LoopFigures:
+def _loop_figures(
+    program: Program, function: str, loop: sass.Loop, masked: sass.Loop | None
+) -> LoopFigures:
     kind = program.kind(function)
     area = program.area(kind)
+    assert isinstance(program.arch, int)
     clocks = sass.model(
         loop,
-        program.capability,
+        program.arch,
         program.warps,
         useful_products=area * program.width(kind),
         issued_products=area * program.width(kind, padded=True),
         dtype=program.dtype,
     )
+    walks = [
+        None if x is None else walk.clocks(x, program.arch, program.warps, program.dtype)
+        for x in (loop, masked)
+    ]
     return LoopFigures(
         instructions=len(loop.instructions),
         issue_clocks=len(loop.instructions) * program.warps / 4,
@@ -264,4 +304,6 @@ def _loop_figures(program: Program, function: str, loop: sass.Loop) -> LoopFigur
         useful=clocks.useful,
         apart=clocks.apart,
         together=clocks.together,
+        walk=walks[0],
+        masked_walk=walks[1],
     )

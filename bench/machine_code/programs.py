@@ -7,11 +7,13 @@ from enum import Enum
 from typing import Any
 
 from bench.cases import DTYPES
-from prefix_attn.kernels.config import Config, Tile, select_config
+from prefix_attn.kernels.config import AMD, Config, Tile, name_of, select_config
 
 KERNELS = ("forward", "backward", "delta", "reduce")
+BOTH = KERNELS[:2]  # those that multiply matrices
 # D, or D/DV where they differ.
 HEAD_DIMS = ("64", "80", "96", "128", "192/128", "256")
+# Of NVIDIA, whose machine code has a model; those of AMD are in `kernels.config`.
 ARCHITECTURES = (80, 90, 100)
 # What changes the kernels: arguments of `prefix_attention`, where sinks stands for a tensor, and
 # the segments that a layout's queries are restricted to.
@@ -25,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 COMBINED = ("window", "softcap", "sinks", "bidirectional")
 HEADS, KV_HEADS = 32, 8
+# Versions of Triton before the newest one that is tested.
+OLDER = ("3.6.", "3.7.", "3.8.")
 PROCESSORS = 132
 
 
@@ -46,7 +50,7 @@ class Program:
 
     Attributes:
         kernel: its name without `_kernel`.
-        capability: such as 90.
+        arch: such as 90 or "gfx942", see `select_config`.
         dtype: a key of `DTYPES`.
         head_dim: D.
         config: tiles, warps, stages.
@@ -55,7 +59,7 @@ class Program:
     """
 
     kernel: str
-    capability: int
+    arch: int | str
     dtype: str
     head_dim: int
     config: Config
@@ -66,7 +70,7 @@ class Program:
     def from_selection(
         cls,
         kernel: str,
-        capability: int,
+        arch: int | str,
         dtype: str,
         head_dim: int,
         options: tuple[str, ...] = (),
@@ -74,14 +78,14 @@ class Program:
     ) -> Program:
         """The program that the package would launch there."""
         config = select_config(
-            capability,
+            arch,
             head_dim,
             DTYPES[dtype],
             PROCESSORS,
             head_dim_v=head_dim_v,
             tf32=dtype == "tf32",
         )
-        return cls(kernel, capability, dtype, head_dim, config, options, head_dim_v)
+        return cls(kernel, arch, dtype, head_dim, config, options, head_dim_v)
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -93,12 +97,12 @@ class Program:
         """A short name, unique in a report: `sm_90 bf16 D192/128 backward softcap`."""
         dtype = self.dtype.replace("bfloat", "bf").replace("float", "fp")
         size = f"D{self.head_dim}" + ("" if self.head_dim_v is None else f"/{self.head_dim_v}")
-        return " ".join((f"sm_{self.capability}", dtype, size, self.kernel, *self.options))
+        return " ".join((name_of(self.arch), dtype, size, self.kernel, *self.options))
 
     @property
     def has_loop(self) -> bool:
         """Whether it is one of the kernels that multiply matrices."""
-        return self.kernel in ("forward", "backward")
+        return self.kernel in BOTH
 
     @property
     def warps(self) -> int:
@@ -141,6 +145,11 @@ class Program:
         return sum(self.dims) if kind is LoopKind.QUERIES else 0
 
     @property
+    def is_amd(self) -> bool:
+        """Whether it is for a GPU of AMD."""
+        return isinstance(self.arch, str)
+
+    @property
     def is_fused(self) -> bool:
         """Whether it is a backward in which programs that own keys add up dQ."""
         chosen = "fused" in self.options and self.kernel == "backward"
@@ -154,7 +163,7 @@ class Program:
 
 
 def selected(
-    architectures: list[int],
+    architectures: list[int | str],
     dtypes: list[str],
     head_dims: list[str],
     kernels: list[str],
@@ -162,26 +171,60 @@ def selected(
 ) -> list[Program]:
     """What the package launches on these architectures; head dimensions as in `HEAD_DIMS`."""
     return [
-        Program.from_selection(kernel, capability, dtype, head_dim, options, *head_dim_v)
-        for capability in architectures
+        Program.from_selection(kernel, arch, dtype, head_dim, options, *head_dim_v)
+        for arch in architectures
         for dtype in dtypes
         for head_dim, *head_dim_v in (map(int, size.split("/")) for size in head_dims)
         for kernel in kernels
     ]
 
 
-def with_options(architectures: list[int], head_dims: list[str], *chosen: str) -> list[Program]:
+def with_options(
+    architectures: list[int | str], head_dims: list[str], *chosen: str
+) -> list[Program]:
     """Forward and backward with options, where these change them; bfloat16."""
     programs = selected(architectures, ["bfloat16"], head_dims, ["forward", "backward"], chosen)
     return [x for x in programs if "fused" not in chosen or x.is_fused]
 
 
 def quick() -> list[Program]:
-    """The set of the tests: three minutes on two cores."""
-    plain = selected(list(ARCHITECTURES), ["bfloat16"], list(HEAD_DIMS), ["forward", "backward"])
+    """The set of the tests on the newest Triton: three minutes on two cores."""
+    plain = selected([*ARCHITECTURES], ["bfloat16"], [*HEAD_DIMS], [*BOTH])
     alone = [x for option in OPTIONS for x in with_options([90], ["128"], option)]
     combined = with_options([90], ["128"], *COMBINED)
-    return plain + alone + combined + with_options([90, 100], ["64"], "fused")
+    fused = with_options([90, 100], ["64"], "fused")
+    return plain + alone + combined + fused + selected([*AMD], ["bfloat16"], ["64", "128"], [*BOTH])
+
+
+def tested(triton_version: str) -> list[Program]:
+    """The set of the tests on a version of Triton."""
+    return chosen() if triton_version.startswith(OLDER) else quick()
+
+
+def chosen() -> list[Program]:
+    """The set of the tests on older versions of Triton: each tile and way to load once."""
+    return [
+        *selected([90], ["bfloat16"], ["64", "96", "128", "192/128", "256"], [*BOTH]),
+        *with_options([90], ["128"], *COMBINED),
+        *with_options([90], ["64", "128"], "fused"),
+        *selected([80, 100], ["bfloat16"], ["128"], [*BOTH]),
+        *selected(["gfx942"], ["bfloat16"], ["128"], [*BOTH]),
+    ]
+
+
+def consumer() -> list[Program]:
+    """Forward and backward of the cards with the least shared memory, in all dtypes and sizes.
+
+    With all options, and with each of them at 128. float16 needs as much shared memory as bfloat16,
+    and sm_86 has the instructions of sm_89.
+    """
+    dtypes, head_dims = ["bfloat16", "tf32", "float32"], ["16", "32", *HEAD_DIMS]
+    alone = [(option,) for option in OPTIONS if option != "fused"]  # they have no tile for it
+    found = [
+        *(x for y in ((), COMBINED) for x in selected([89, 120], dtypes, head_dims, [*BOTH], y)),
+        *(x for y in alone for x in selected([89, 120], dtypes, ["128"], [*BOTH], y)),
+    ]
+    return _once(found)
 
 
 def everything() -> list[Program]:
@@ -190,16 +233,28 @@ def everything() -> list[Program]:
     Options together hold more registers than each of them alone, so that other head dimensions than
     128 need these only. float16 differs from bfloat16 in no more than how values are converted.
     """
-    architectures, both = list(ARCHITECTURES), ["forward", "backward"]
+    architectures: list[int | str] = [*ARCHITECTURES]
+    both = [*BOTH]
     programs = [
         *quick(),
-        *selected(architectures, ["bfloat16"], list(HEAD_DIMS), ["delta", "reduce"]),
-        *selected(architectures, ["float32"], ["64", "128", "256"], list(KERNELS)),
+        *chosen(),
+        *selected(architectures, ["bfloat16"], [*HEAD_DIMS], ["delta", "reduce"]),
+        *selected(architectures, ["float32"], ["64", "128", "256"], [*KERNELS]),
         *selected(architectures, ["tf32"], ["64", "128", "256"], both),
         *selected(architectures, ["float16"], ["64", "128"], both),
         *selected([89, 120], ["bfloat16"], ["64", "128", "256"], both),
         *(x for option in OPTIONS for x in with_options(architectures, ["128"], option)),
-        *with_options(architectures, list(HEAD_DIMS), *COMBINED),
+        *with_options(architectures, [*HEAD_DIMS], *COMBINED),
         *with_options(architectures, ["64", "128"], *COMBINED, "fused"),
+        *selected([*AMD], ["bfloat16"], [*HEAD_DIMS], both),
+        *selected([*AMD], ["bfloat16"], ["128"], ["delta", "reduce"]),
+        *selected([*AMD], ["float16"], ["128"], both),
+        *selected([*AMD], ["float32"], ["64", "128", "256"], both),
+        *selected(["gfx942"], ["tf32"], ["64", "128", "256"], both),
+        *with_options([*AMD], ["64", "128", "256"], *COMBINED),
     ]
+    return _once(programs)
+
+
+def _once(programs: list[Program]) -> list[Program]:
     return list({program.label: program for program in programs}.values())

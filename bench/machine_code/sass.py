@@ -211,6 +211,13 @@ def full_loops(found: list[Loop]) -> dict[str, Loop]:
     }
 
 
+def masked_loops(found: list[Loop]) -> dict[str, Loop]:
+    """The loop over masked tiles of each source function: the one with the most selections."""
+    full = full_loops(found)
+    others = [loop for loop in found if loop is not full[loop.function]]
+    return {x.function: x for x in sorted(others, key=lambda x: x.selects)}
+
+
 def model(
     loop: Loop,
     capability: int,
@@ -238,22 +245,32 @@ def model(
     )
     if not loop.tensor:
         return Clocks(useful_products / FLOAT32_RATE[capability], 0.0, other)
-    rate = TENSOR_RATE[capability] / (2 if dtype in ("tf32", "float32") else 1)
-    tensor = read = 0.0
-    for x in loop.instructions:
-        if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", x.opcode):
-            m, n, k = map(int, match.groups())
-            operands = [text.strip() for text in x.operands.split(",")]
-            from_shared = len(operands) > 1 and operands[1].startswith("gdesc")
-            # k elements are 32 bytes of each row, in every type.
-            read += quarter * 32 * (n + (m if from_shared else 0))
-            tensor += quarter * m * n * k / rate
-        elif match := re.match(r"HMMA\.(16)(8)(\d+)", x.opcode):
-            m, n, k = map(int, match.groups())
-            tensor += warps * m * n * k / (rate * HMMA_SHARE.get(capability, 1.0))
+    rate = _tensor_rate(capability, dtype)
+    products = [product_clocks(x, capability, warps, dtype) for x in loop.instructions]
+    tensor, read = (sum(column) for column in zip(*products, strict=True))
     if not tensor:
         tensor = issued_products / rate
-    return Clocks(useful_products / rate, max(tensor, read / SHARED_BYTES), other)
+    return Clocks(useful_products / rate, max(tensor, read), other)
+
+
+def product_clocks(x: Instruction, capability: int, warps: int, dtype: str) -> tuple[float, float]:
+    """Clocks of a matrix product of one block, and those of reading its operands; 0 for others."""
+    rate, quarter = _tensor_rate(capability, dtype), warps / 4
+    if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", x.opcode):
+        m, n, k = map(int, match.groups())
+        operands = [text.strip() for text in x.operands.split(",")]
+        from_shared = len(operands) > 1 and operands[1].startswith("gdesc")
+        # k elements are 32 bytes of each row, in every type.
+        read = quarter * 32 * (n + (m if from_shared else 0)) / SHARED_BYTES
+        return quarter * m * n * k / rate, read
+    if match := re.match(r"HMMA\.(16)(8)(\d+)", x.opcode):
+        m, n, k = map(int, match.groups())
+        return warps * m * n * k / (rate * HMMA_SHARE.get(capability, 1.0)), 0.0
+    return 0.0, 0.0
+
+
+def _tensor_rate(capability: int, dtype: str) -> float:
+    return TENSOR_RATE[capability] / (2 if dtype in ("tf32", "float32") else 1)
 
 
 def _blocks(

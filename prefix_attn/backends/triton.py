@@ -59,8 +59,8 @@ def _forward_kernel(
         raise NotImplementedError(
             f"{FORWARD_VARIABLE}=gluon: this Triton has no such Gluon ({error})"
         ) from error
-    capability = _capability(q.device) if q.is_cuda else 0
-    reason = gluon_forward.why_not(capability, q.dtype, q.shape[2], v.shape[2], options, sinks)
+    arch = arch_of(q.device) if q.is_cuda else 0
+    reason = gluon_forward.why_not(arch, q.dtype, q.shape[2], v.shape[2], options, sinks)
     if reason is not None:
         raise NotImplementedError(f"{FORWARD_VARIABLE}=gluon can't serve this call: {reason}")
     tile = gluon_forward.select_tile(q.shape[2], v.shape[2])
@@ -173,11 +173,7 @@ def _why_not_current_gpu() -> str | None:
 
 @lru_cache
 def _why_not_gpu(index: int) -> str | None:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is None:
-        return why_no_tiles(properties.major * 10 + properties.minor)
-    # Such as gfx942:sramecc+:xnack-.
-    return why_no_tiles(amd=properties.gcnArchName.split(":")[0])
+    return why_no_tiles(arch_of(torch.device("cuda", index)))
 
 
 def _why_not_interpreted(dtype: torch.dtype) -> str | None:
@@ -216,9 +212,9 @@ def _gpu_config(
     """The configuration of a GPU; `tiles` is the file of `tuning`, or None."""
     if reason := _why_not_gpu(device.index):
         raise NotImplementedError(f"backend 'triton' can't serve {device}: {reason}")
-    properties, capability = torch.cuda.get_device_properties(device), _capability(device)
+    properties, arch = torch.cuda.get_device_properties(device), arch_of(device)
     config = select_config(
-        capability=capability,
+        arch=arch,
         head_dim=d,
         dtype=dtype,
         processors=properties.multi_processor_count,
@@ -226,10 +222,14 @@ def _gpu_config(
         tf32=tf32,
     )
     if tiles:
-        config = tuning.apply(tiles, tuning.key_of(capability, dtype, d, dv), config)
+        config = tuning.apply(tiles, tuning.key_of(arch, dtype, d, dv), config)
     return replace(config, l2_bytes=properties.L2_cache_size)
 
 
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+def arch_of(device: torch.device) -> int | str:
+    """The architecture of a GPU, as `select_config` takes it."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        return int(properties.major * 10 + properties.minor)
+    # Such as gfx942:sramecc+:xnack-.
+    return str(properties.gcnArchName.split(":")[0])

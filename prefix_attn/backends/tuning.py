@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefix_attn.kernels.config import Config, Tile
+from prefix_attn.kernels.config import Config, Tile, name_of
 
 VARIABLE = "PREFIX_ATTN_TILES"
 # What a sweep of each kernel decides.
@@ -24,9 +24,9 @@ TUNED = {
 }
 
 
-def key_of(capability: int, dtype: object, head_dim: int, head_dim_v: int) -> str:
+def key_of(arch: int | str, dtype: object, head_dim: int, head_dim_v: int) -> str:
     """The entry of a file: such as "sm_90 bfloat16 128 128"."""
-    return f"sm_{capability} {str(dtype).removeprefix('torch.')} {head_dim} {head_dim_v}"
+    return f"{name_of(arch)} {str(dtype).removeprefix('torch.')} {head_dim} {head_dim_v}"
 
 
 def store(path: Path, key: str, kernel: str, config: Config) -> None:
