@@ -255,11 +255,19 @@ def _prepare_flash_package(problem: Problem, module: str) -> Prepared:
 
 
 def _has_module(case: Case, device: torch.device, module: str) -> str | None:
+    if reason := _why_no_import(module):
+        return reason
+    return "needs float16 or bfloat16" if case.dtype == "float32" else None
+
+
+@cache
+def _why_no_import(module: str) -> str | None:
+    """Asked once: a package that was built for other versions fails late, and in any way."""
     try:
         importlib.import_module(module)
-    except ImportError as error:
-        return f"{module} can't be imported ({error})"
-    return "needs float16 or bfloat16" if case.dtype == "float32" else None
+    except Exception as error:
+        return f"{module} can't be imported ({type(error).__name__}: {error})"
+    return None
 
 
 def _needs(

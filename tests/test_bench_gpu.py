@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -520,6 +521,21 @@ def test_next_baseline_is_taken_where_the_first_does_not_run(monkeypatch):
     monkeypatch.setattr(units, "PROVIDERS", [broken, OURS])
     (row,) = units.time_provider(session(), HALF, OURS)
     assert row["errors"]
+    assert not row["compared"]
+
+
+@pytest.mark.parametrize("line", ["raise ImportError('no libcudart')", "raise OSError('driver')"])
+def test_flash_package_that_fails_to_import_is_unsupported(tmp_path, monkeypatch, line):
+    """One that was built for another PyTorch: our own units go on without it as a baseline."""
+    (tmp_path / "flash_of_another_torch.py").write_text(line)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    available = partial(providers._has_module, module="flash_of_another_torch")
+    broken = replace(failing("repeated other", RuntimeError()), available=available)
+    monkeypatch.setattr(units, "PROVIDERS", [broken, OURS])
+    run = session()
+    with pytest.raises(UnsupportedError, match=r"flash_of_another_torch can't be imported \("):
+        units.time_provider(run, HALF, broken)
+    (row,) = units.time_provider(run, HALF, OURS)
     assert not row["compared"]
 
 
