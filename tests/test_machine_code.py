@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bench.machine_code.budget import Budget, KnownFault
 from bench.machine_code.compile import compile_all, missing_tools
 from bench.machine_code.figures import Figures, LoopFigures, Report, Violation, read_figures
 from bench.machine_code.programs import LoopKind, Program
+from prefix_attn.backends.schedule import MASKED_COST
 from prefix_attn.kernels.arguments import Heads, Mode
 from prefix_attn.kernels.config import Tile
 
@@ -402,6 +404,19 @@ def test_walk_waits_for_products_and_counts_masked_tiles():
     later = replace(full, instructions=[*full.instructions, wait, *full.instructions[3:]])
     assert walk.clocks(later, 90, 4, "bfloat16") > clocks
     assert walk.clocks(replace(full, instructions=full.instructions[3:]), 90, 4, "") is None
+
+
+def test_masked_tiles_cost_what_the_walk_says():
+    """Work lists are balanced by one cost for all loops of 16 bits on Hopper."""
+    kept = json.loads(budget.PATH.read_text())["baselines"]["3.9"]
+    ratios = [
+        loop["walk"][1] / loop["walk"][0]
+        for size in (64, 128)
+        for kernel in programs.BOTH
+        for loop in kept[f"sm_90 bf16 D{size} {kernel}"]["loops"].values()
+    ]
+    assert len(ratios) == 6
+    assert abs(statistics.mean(ratios) - MASKED_COST) < 0.1
 
 
 def test_model_charges_half_of_the_rate_for_hmma_on_hopper():

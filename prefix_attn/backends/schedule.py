@@ -23,8 +23,9 @@ import numpy as np
 
 from prefix_attn.forest import Forest
 
-# In units of one full tile: what a masked tile costs, and what starting and ending an item costs.
-MASKED_COST = 1.3
+# In units of one full tile: what a masked tile costs, by the model `bench.machine_code.walk`, and
+# what starting and ending an item costs.
+MASKED_COST = 1.4
 ITEM_COST = 2.0
 # Columns of the items of query tiles, and of key tiles.
 ROW0, ROW1, QUERY0, LIST0, NUM_LISTED, OWN0, NUM_OWN, MASKED0, NUM_MASKED = range(9)
