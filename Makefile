@@ -118,8 +118,10 @@ test: lint type $(OLD_VENV)/.stamp $(CUDA_VENV)/.stamp ## everything that CI run
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
 	TRITON_INTERPRET=1 $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/interpreter
 	TRITON_INTERPRET=1 $(CUDA_VENV)/bin/python -m pytest -q -n 2 $(IN_BETWEEN)
-	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q tests/test_machine_code.py \
+	env -u TRITON_INTERPRET $(OLD_VENV)/bin/python -m pytest -q -n 2 tests/test_machine_code.py \
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
+	env -u TRITON_INTERPRET $(CUDA_VENV)/bin/python -m pytest -q \
+		tests/test_machine_code.py::test_machine_code_is_within_its_budget
 	$(MAKE) test-levels test-hf test-verl docs
 
 # Each level has kernels of its own in PyTorch, with roundings of their own.
