@@ -155,8 +155,8 @@ def test_chain_of_only_continuations_is_one_run() -> None:
 
 @settings(max_examples=25)
 @given(
-    # On either side of what makes a segment long, and of a block.
-    forest=forests(max_segments=9, lengths=[1, 16, 63, 64, 70, 150]),
+    # On either side of what makes a segment long: a block.
+    forest=forests(max_segments=9, lengths=[1, 16, 70, 128, 129, 150]),
     window_size=st.sampled_from([None, 3, 70, 200]),
     softcap=st.sampled_from([None, None, 2.0]),
     prefix_causal=st.booleans(),

@@ -19,10 +19,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Kernel(NamedTuple):
-    """Attention of a batch (n, H, L, D) over (n, H, K, D), K and V of one width.
+    """Attention of a batch (n, Hq, L, D) over (n, Hkv, K, D), K and V of one width.
 
     Attributes:
-        forward: (q, k, v, keep, causal, scale) to out and lse (n, H, L); `keep` (n, 1, L, K) bool
+        forward: (q, k, v, keep, causal, scale) to out and lse (n, Hq, L); `keep` (n, 1, L, K) bool
             or None.
         backward: (dout, q, k, v, out, lse, keep, causal, scale) to dq, dk, dv.
     """
@@ -74,19 +74,12 @@ def forward(
     (q,), (k, v) = of_queries, of_keys
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2])
-    group = q.shape[1] // k.shape[1]
     for call in calls:
         queries = call.queries
-        heads = _Heads(call, group)
-        o, o_lse = kernel.forward(
-            heads.queries(queries.take(q)),
-            heads.keys(call.keys.take(k)),
-            heads.keys(call.keys.take(v)),
-            heads.keep(call),
-            call.causal,
-            scale,
-        )
-        o, o_lse = heads.out(o), heads.out(o_lse[..., None])[..., 0]
+        parts = [grid.take(x) for grid, x in ((queries, q), (call.keys, k), (call.keys, v))]
+        heads_first = (x.transpose(1, 2) for x in parts)
+        found = kernel.forward(*heads_first, _keep(call), call.causal, scale)
+        o, o_lse = (x.transpose(1, 2) for x in found)
         if call.first:
             out, lse = queries.written(out, o), queries.written(lse, o_lse)
             continue
@@ -115,22 +108,15 @@ def backward(
     # Keys that no query of their own segment sees start from zero.
     new = torch.empty_like if sum(call.keys.size for call in own) == len(k) else torch.zeros_like
     dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (k, v))
-    group = q.shape[1] // k.shape[1]
     for call in calls:
         queries, keys = call.queries, call.keys
-        heads = _Heads(call, group)
-        grads = kernel.backward(
-            heads.queries(queries.take(dout)),
-            heads.queries(queries.take(q)),
-            heads.keys(keys.take(k)),
-            heads.keys(keys.take(v)),
-            heads.queries(queries.take(out)),
-            heads.queries(queries.take(lse)[..., None])[..., 0],
-            heads.keep(call),
-            call.causal,
-            scale,
-        )
-        d_queries, d_keys, d_values = heads.out(grads[0]), heads.sum(grads[1]), heads.sum(grads[2])
+        grids = ((queries, q), (keys, k), (keys, v), (queries, out), (queries, lse))
+        d_out = queries.take(dout)
+        if call.mask is None:  # which hides keys from the rows that fill a line
+            d_out = queries.cleared(d_out)
+        heads_first = (x.transpose(1, 2) for x in (d_out, *(grid.take(x) for grid, x in grids)))
+        grads = kernel.backward(*heads_first, _keep(call), call.causal, scale)
+        d_queries, d_keys, d_values = (x.transpose(1, 2) for x in grads)
         dq = queries.written(dq, d_queries) if call.first else queries.added(dq, d_queries)
         if call.first and call.mask is None:
             dk, dv = keys.written(dk, d_keys), keys.written(dv, d_values)
@@ -139,43 +125,6 @@ def backward(
     return dq, dk, dv
 
 
-class _Heads:
-    """How the query heads of a KV head reach a kernel that knows one kind of heads.
-
-    They become rows, one behind the other, so that keys and values need no copies. Under the
-    kernel's own causal mask, which counts rows, keys and values are repeated instead.
-    """
-
-    def __init__(self, call: Call, group: int) -> None:
-        self.rows = 1 if call.causal else group
-        self.repeats = group if call.causal else 1
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(n, L, Hq, D) -> (n, H, L', D)."""
-        if self.rows == 1:
-            return x.transpose(1, 2)
-        return x.unflatten(2, (-1, self.rows)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-
-    def out(self, x: Tensor) -> Tensor:
-        """(n, H, L', D) -> (n, L, Hq, D)."""
-        if self.rows == 1:
-            return x.transpose(1, 2)
-        return x.unflatten(2, (-1, self.rows)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """(n, K, Hkv, D) -> (n, H, K, D)."""
-        if self.repeats > 1:
-            x = x.repeat_interleave(self.repeats, dim=2)
-        return x.transpose(1, 2)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """(n, H, K, D) -> (n, K, Hkv, D)."""
-        x = x.transpose(1, 2)
-        return x if self.repeats == 1 else x.unflatten(2, (-1, self.repeats)).sum(3)
-
-    def keep(self, call: Call) -> Tensor | None:
-        """(n, 1, L', K) bool, or None."""
-        if call.mask is None:
-            return None
-        keep = call.mask.keep()
-        return (keep if self.rows == 1 else keep.repeat_interleave(self.rows, dim=1))[:, None]
+def _keep(call: Call) -> Tensor | None:
+    """(n, 1, L, K) bool, or None."""
+    return None if call.mask is None else call.mask.keep()[:, None]

@@ -21,11 +21,14 @@ def kernel(softcap: float | None) -> Kernel:
 def _forward(
     softcap: float | None, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    heads = q.shape[1]
     with torch.autocast("cpu", enabled=False):  # it would round the products
+        q, hidden = _as_rows(q, k.shape[1]), ~keep
         scores, _ = _scores(softcap, q, k, scale)
-        scores.masked_fill_(~keep, float("-inf"))
+        _as_heads(scores, heads).masked_fill_(hidden, float("-inf"))
         lse = scores.logsumexp(-1)
-        return scores.sub_(lse[..., None]).exp_() @ v, lse
+        out = scores.sub_(lse[..., None]).exp_() @ v
+    return _as_heads(out, heads), _as_heads(lse, heads)
 
 
 def _backward(
@@ -40,9 +43,12 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    heads = q.shape[1]
     with torch.autocast("cpu", enabled=False):
+        dout, q, out, lse = (_as_rows(x, k.shape[1]) for x in (dout, q, out, lse))
         scores, tanh = _scores(softcap, q, k, scale)
-        p = scores.sub_(lse[..., None]).exp_().masked_fill_(~keep, 0.0)
+        p = scores.sub_(lse[..., None]).exp_()
+        _as_heads(p, heads).masked_fill_(~keep, 0.0)
         dv = p.transpose(2, 3) @ dout
         # dS = P * (dP - delta)
         delta = (dout * out).sum(-1, keepdim=True)
@@ -50,7 +56,7 @@ def _backward(
         if tanh is not None:
             ds.mul_(tanh.square_().neg_().add_(1.0))
         ds.mul_(scale)
-        return ds @ k, ds.transpose(2, 3) @ q, dv
+        return _as_heads(ds @ k, heads), ds.transpose(2, 3) @ q, dv
 
 
 def _scores(
@@ -62,3 +68,13 @@ def _scores(
         return scores.mul_(scale), None
     tanh = scores.mul_(scale / softcap).tanh_()
     return tanh * softcap, tanh
+
+
+def _as_rows(x: Tensor, kv_heads: int) -> Tensor:
+    """(n, Hq, L, ...) -> (n, Hkv, Hq / Hkv L, ...): keys that heads share need no copies."""
+    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _as_heads(x: Tensor, heads: int) -> Tensor:
+    """(n, Hkv, Hq / Hkv L, ...) -> (n, Hq, L, ...), a view."""
+    return x.unflatten(2, (heads // x.shape[1], -1)).flatten(1, 2)

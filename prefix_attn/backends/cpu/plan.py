@@ -21,14 +21,12 @@ from torch import Tensor
 from prefix_attn.content import Content
 from prefix_attn.forest import Forest
 
-# A node of so many rows has calls of its own; below that merging costs more than masking.
-LONG = 64
-# Most rows of a block.
+# Most rows of a block. A longer node has calls of its own; below, merging costs more than masking.
 BLOCK = 128
 # What a block and each of its keys cost by themselves, in query-key pairs.
 BLOCK_PAIRS, KEY_PAIRS = 256, 8
-# What a call costs, in the same.
-CALL_PAIRS = 1024
+# What a call costs in the same, and a row that is copied to and fro where a call holds no view.
+CALL_PAIRS, ROW_PAIRS = 2048, 16
 # What one call holds: query-key pairs of a head, and gathered rows.
 MOST_PAIRS, MOST_ROWS = 2**19, 2**12
 # Calls of nodes up to this length go together although some have to be padded by an eighth.
@@ -81,15 +79,16 @@ class Grid:
         shape: count and length.
         start: the first row where the grid is a view, one row every `step` from there on.
         step: rows from one line of the grid to the next.
-        rows: (n,) the rows of the filled places where it is no view.
-        places: (n,) the filled places of the flattened grid; None where all are.
+        rows: (count * length,) the rows of all places where it is no view; a line that is shorter
+            than the longest one goes on with its last row.
+        filled: (n,) the places of the flattened grid before that; None where these are all.
     """
 
     shape: tuple[int, int]
     start: int = 0
     step: int = 0
     rows: Tensor | None = None
-    places: Tensor | None = None
+    filled: Tensor | None = None
 
     @classmethod
     def from_lines(cls, lines: Sequence[np.ndarray]) -> Grid:
@@ -101,11 +100,13 @@ class Grid:
             steps = np.diff(starts)
             if not len(steps) or ((steps == steps[0]).all() and steps[0] >= shape[1]):
                 return cls(shape, int(starts[0]), int(steps[0]) if len(steps) else shape[1])
-        rows = torch.from_numpy(np.concatenate(lines))
-        if min(lengths) == shape[1]:
-            return cls(shape, rows=rows)
-        places = [i * shape[1] + np.arange(length) for i, length in enumerate(lengths)]
-        return cls(shape, rows=rows, places=torch.from_numpy(np.concatenate(places)))
+        places = np.arange(shape[1])
+        last = np.array(lengths)[:, None] - 1
+        grid = np.concatenate([line[np.minimum(places, len(line) - 1)] for line in lines])
+        filled = None
+        if min(lengths) < shape[1]:
+            filled = torch.from_numpy(np.flatnonzero(places <= last))
+        return cls(shape, rows=torch.from_numpy(grid), filled=filled)
 
     @property
     def is_view(self) -> bool:
@@ -115,21 +116,25 @@ class Grid:
     @property
     def size(self) -> int:
         """Filled places."""
-        return self.shape[0] * self.shape[1] if self.rows is None else len(self.rows)
+        return self.shape[0] * self.shape[1] if self.filled is None else len(self.filled)
 
     def take(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (count, length, ...); zeros at places that are not filled."""
+        """(T, ...) -> (count, length, ...)."""
         if self.rows is None:
             first, *rest = x.stride()
             offset = x.storage_offset() + self.start * first
             return x.as_strided(
                 (*self.shape, *x.shape[1:]), (self.step * first, first, *rest), offset
             )
-        found = x.index_select(0, self.rows)
-        if self.places is not None:
-            filled = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-            found = filled.index_copy_(0, self.places, found)
-        return found.view(*self.shape, *x.shape[1:])
+        return x.index_select(0, self.rows).view(*self.shape, *x.shape[1:])
+
+    def cleared(self, values: Tensor) -> Tensor:
+        """(count, length, ...) values with zeros at places that are not filled."""
+        if self.filled is None:
+            return values
+        zeros = torch.zeros_like(values, memory_format=torch.contiguous_format)
+        zeros.flatten(0, 1).index_copy_(0, self.filled, self._filled(values)[1])
+        return zeros
 
     def written(self, x: Tensor, values: Tensor) -> Tensor:
         """x with (count, length, ...) values in their rows; x itself unless these are all of it."""
@@ -138,7 +143,7 @@ class Grid:
         if self.rows is None:
             self.take(x).copy_(values)
         else:
-            x.index_copy_(0, self.rows, self._filled(values))
+            x.index_copy_(0, *self._filled(values))
         return x
 
     def added(self, x: Tensor, values: Tensor) -> Tensor:
@@ -146,12 +151,16 @@ class Grid:
         if self.rows is None:
             self.take(x).add_(values)
         else:
-            x.index_add_(0, self.rows, self._filled(values))
+            x.index_add_(0, *self._filled(values))
         return x
 
-    def _filled(self, values: Tensor) -> Tensor:
-        values = values.flatten(0, 1)
-        return values if self.places is None else values.index_select(0, self.places)
+    def _filled(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the filled places, and the values there."""
+        rows, values = self.rows, values.flatten(0, 1)
+        assert rows is not None
+        if self.filled is None:
+            return rows, values
+        return rows[self.filled], values.index_select(0, self.filled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +226,8 @@ def plan(
 
     packer = _Packer(forest.num_tokens, window_size)
     for node in nodes:
-        is_long = node.length >= LONG or not crossing
-        is_gathered = dense or window_size is not None or node.length < LONG
+        is_long = node.length > BLOCK or not crossing
+        is_gathered = dense or window_size is not None or node.length <= BLOCK
         packer.enter(node, is_gathered)
         if is_long or not packer.fits(node):
             blocks += packer.finished()
@@ -409,22 +418,24 @@ def _masked(blocks: list[Block], forest: Forest) -> list[Call]:
     batches: list[list[Block]] = []
     widest = filled = 0
     for block in sorted(blocks, key=lambda x: (len(x.keys), len(x.rows), x.place)):
-        pairs = len(block.rows) * len(block.keys)
+        length, keys = len(block.rows), len(block.keys)
         if batches:
-            count = len(batches[-1]) + 1
-            wide = max(widest, len(block.rows))
-            padded = wide * len(block.keys) * count
-            spare = padded - filled - pairs
+            last = batches[-1]
+            count, wide = len(last) + 1, max(widest, length)
+            padded = wide * keys * count
+            spare = padded - filled - length * keys
+            if len(last[0].rows) == widest < wide:  # queries were a view so far
+                spare += ROW_PAIRS * widest * len(last)
             if (
-                spare <= max(CALL_PAIRS, pairs // 4)
+                spare <= max(CALL_PAIRS, length * keys // 4)
                 and padded <= MOST_PAIRS
-                and len(block.keys) * count <= MOST_ROWS
+                and keys * count <= MOST_ROWS
             ):
-                batches[-1].append(block)
+                last.append(block)
                 widest, filled = wide, padded
                 continue
         batches.append([block])
-        widest, filled = len(block.rows), pairs
+        widest, filled = length, length * keys
     return [_masked_call(batch, forest) for batch in batches]
 
 
