@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import micro, options_table, schedule_model, sequence_parallel, tables
+from bench import micro, options_table, schedule_model, sequence_parallel, shapes, tables
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +69,8 @@ def markdown(results: Path) -> str:
     first = rows[0]
     if "recomputation" in first:
         return micro.markdown(rows)
+    if "shape" in first:
+        return shapes.markdown(rows)
     machine = f"{first['device']}, {first['threads']} threads, {first['dtype']}"
     versions, columns = f"torch {first['torch']}", CPU_COLUMNS
     if first.get("driver"):
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.name:
         source = args.run / "bench.csv"
         if not source.is_file():
-            print(f"{source} does not exist: run `make bench` first", file=sys.stderr)
+            print(f"{source} does not exist: run the benchmark first", file=sys.stderr)
             return 1
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, RESULTS / f"{args.name}.csv")

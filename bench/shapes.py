@@ -1,18 +1,19 @@
 """Times options, dtypes and trees on a CPU beside what a user would run instead.
 
-`python -m bench.shapes` prints a table and writes `shapes.csv`; names of shapes choose some. Every
-sequence is repeated whole, padded to the longest: through SDPA, with a boolean mask under a window,
-as the formula that models write out under a softcap or with sinks. Prefix Grouper serves plain
-groups.
+`python -m bench.shapes` prints a table, writes `bench.csv` and draws `bench.png`; names of shapes
+choose some. Every sequence is repeated whole, padded to the longest: through SDPA, with a boolean
+mask under a window, as the formula that models write out under a softcap or with sinks. Prefix
+Grouper serves plain groups.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from bench import tables
 from bench.facts import environment
 from bench.measure import AGREEMENT_EPS, MIN_ROUNDS, peak_memory
+from bench.report import COLOURS, LABEL_BOX
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.testing import Inputs, check_attention
 from prefix_attn.timing import Clock, Quantiles, busy, interleaved, load_average, rounds
@@ -33,6 +35,8 @@ from prefix_attn.timing import Clock, Quantiles, busy, interleaved, load_average
 SECONDS = 40.0
 # Dense scores in float64 are computed for so many tokens.
 GATE_TOKENS = 400
+HEADS, HEAD_DIM = (8, 2), 64
+REPEATED = "repeated"  # how the names of what repeats begin
 HEADER = ("shape", "provider", "fwd ms", "fwd+bwd ms (p20-p80)", "fwd speed-up", "speed-up",
           "ideal", "fwd of ideal", "of ideal", "MiB")  # fmt: skip
 
@@ -56,7 +60,7 @@ class Shape:
     name: str
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    heads: tuple[int, int] = (8, 2)
+    heads: tuple[int, int] = HEADS
     dtype: torch.dtype = torch.float32
     window_size: int | None = None
     softcap: float | None = None
@@ -121,13 +125,14 @@ SHAPES = (
     _groups("512 groups of P16 S4 G2", 16, 4, 2, 512),
     _groups("P0 S512 G8", 0, 512, 8),
     _groups("P0 S32 G64", 0, 32, 64),
+    _groups("P1 S64 G16", 1, 64, 16),
 )
 
 
 class Problem:
     """Inputs of a shape, packed and repeated, and the ways to run them."""
 
-    def __init__(self, shape: Shape, heads: tuple[int, int], head_dim: int = 64) -> None:
+    def __init__(self, shape: Shape, heads: tuple[int, int], head_dim: int = HEAD_DIM) -> None:
         layout = self.layout = shape.layout
         self.shape, self.dims = shape, (head_dim, head_dim)
         self.inputs = Inputs.random(layout, heads, self.dims, shape.dtype, sinks=shape.sinks)
@@ -203,7 +208,7 @@ class Problem:
         shape = self.shape
         eager = shape.softcap is not None or shape.sinks
         mask = "" if shape.window_size is None else ", boolean mask"
-        name = "repeated formula" if eager else f"repeated SDPA{mask}"
+        name = f"{REPEATED} formula" if eager else f"{REPEATED} SDPA{mask}"
         found = {name: (self.eager if eager else self.sdpa, self.repeated, self.packed)}
         if shape.members and importlib.util.find_spec("prefix_grouper"):
             found["prefix-grouper"] = (
@@ -276,9 +281,11 @@ def measured(shape: Shape, most_rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
-    x = {name: float(value) for name, value in row.items() if name not in ("shape", "provider")}
+    names = ("fwd_ms", "total_ms", "total_p20_ms", "total_p80_ms", "fwd_speedup", "total_speedup",
+             "ideal", "peak_mib")  # fmt: skip
+    x = {name: float(row[name]) for name in names}
     return (
         row["shape"],
         row["provider"],
@@ -293,12 +300,67 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of a run's CSV."""
+    first = rows[0]
+    notes = (
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit "
+        f"{first['commit']}; {HEADS[0]}/{HEADS[1]} heads of {HEAD_DIM}, float32 unless a shape "
+        "says otherwise; medians. Peak memory holds inputs, output and gradients. Above 100 %: "
+        "repeating reaches fewer FLOP/s, or computes pairs that are masked or padding."
+    )
+    table = tables.markdown(HEADER, map(cells, rows), "ll" + "r" * (len(HEADER) - 2))
+    return f"{table}\n\n{notes}"
+
+
+def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Draws speed-ups over repeating, forward and backward, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(9.0, 6.4), layout="constrained")
+    shapes: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        shapes.setdefault(row["shape"], []).append(row)
+    labelled: set[str] = set()
+    for place, of_shape in enumerate(shapes.values()):
+        shown = [row for row in of_shape if not row["provider"].startswith(REPEATED)]
+        height = 0.8 / len(shown)
+        for index, row in enumerate(shown):
+            name, speedup = row["provider"], float(row["total_speedup"])
+            at, label = place - 0.4 + height * (index + 0.5), "" if name in labelled else name
+            labelled.add(name)
+            bar = panel.barh(
+                at, speedup - 1, min(0.5, height * 0.92), 1, color=COLOURS[name], label=label
+            )
+            panel.bar_label(
+                bar, [f"{speedup:.2f}"], fontsize=8, padding=3, bbox=LABEL_BOX, zorder=4
+            )
+        ideal, label = float(of_shape[0]["ideal"]), "" if place else "ideal: ratio of pairs"
+        panel.vlines(ideal, place - 0.44, place + 0.44, colors="black", label=label, zorder=3)
+    panel.set_xscale("log", base=2)
+    ticks = [2.0**i for i in range(-1, 6)]
+    panel.set_xticks(ticks, [f"{x:g}x" for x in ticks])
+    panel.set_xlim(left=0.4)
+    panel.set_yticks(range(len(shapes)), shapes)
+    panel.set_ylim(len(shapes) - 0.4, -0.6)
+    panel.set_xlabel("speed-up over repeating every sequence, forward + backward")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="x", color="0.9")
+    panel.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes; 1 if a shape was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.shapes", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names of shapes; none for all")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
+    parser.add_argument("--out", type=Path, default=Path("out/shapes"), help="folder (out/shapes)")
     args = parser.parse_args(arguments)
     wanted = [x for x in SHAPES if not args.names or any(name in x.name for name in args.names)]
     if not wanted:
@@ -315,7 +377,11 @@ def main(arguments: list[str] | None = None) -> int:
     if rows:
         print(tables.text([HEADER, *map(cells, rows)], "ll" + "r" * (len(HEADER) - 2)))
         args.out.mkdir(parents=True, exist_ok=True)
-        tables.write_csv([row | facts for row in rows], args.out / "shapes.csv")
+        tables.write_csv([row | facts for row in rows], args.out / "bench.csv")
+        if importlib.util.find_spec("matplotlib") is not None:
+            with (args.out / "bench.csv").open(newline="") as file:
+                draw(list(csv.DictReader(file)), args.out / "bench.png")
+        print(f"Written to {args.out}")
     names = ("total_ms", "total_p20_ms", "total_p80_ms")
     if note := busy(load, [Quantiles(*(row[name] for name in names)) for row in rows]):
         print(note)

@@ -1,6 +1,7 @@
 """The generated tables in the pages are those of the files that they come from."""
 
 import csv
+import importlib.util
 from itertools import product
 
 import pytest
@@ -124,7 +125,7 @@ def test_shapes_are_checked_and_timed(tmp_path, monkeypatch, capsys):
     capped = shapes._groups("capped", 5, 2, 2, softcap=2.0, sinks=True)
     monkeypatch.setattr(shapes, "SHAPES", (comb, capped))
     assert shapes.main(["--rounds", "3", "--out", str(tmp_path)]) == 0
-    lines = list(csv.DictReader((tmp_path / "shapes.csv").open(newline="")))
+    lines = list(csv.DictReader((tmp_path / "bench.csv").open(newline="")))
     assert [(x["shape"], x["provider"]) for x in lines] == [
         ("comb", "repeated SDPA, boolean mask"),
         ("comb", "prefix_attn"),
@@ -132,6 +133,13 @@ def test_shapes_are_checked_and_timed(tmp_path, monkeypatch, capsys):
         ("capped", "prefix_attn"),
     ]
     assert "of ideal" in capsys.readouterr().out
+    text = publish.markdown(tmp_path / "bench.csv")
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "bench.png").stat().st_size > 0
+    ours = shapes.cells(lines[1])
+    assert ours[:2] == ("comb", "prefix_attn")
+    assert f"| {' | '.join(ours)} |" in text
+    assert text.endswith("masked or padding.")
 
     monkeypatch.setattr(shapes, "prefix_attention", lambda q, *args, **options: q + 1)
     assert shapes.main(["--rounds", "3", "--out", str(tmp_path), "comb"]) == 1
