@@ -37,8 +37,8 @@ from filelock import FileLock
 from tests.poison import poisoned
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = timedelta(seconds=30)
-LONGEST = 240.0  # seconds, for all tests of a file on one number of ranks
+PATIENCE = timedelta(seconds=120)
+LONGEST = 600.0  # seconds, for all tests of a file on one number of ranks
 FAILED, SKIPPED = "failed", "skipped"
 # The process that forks the ranks. Some libraries install a package `tests` of their own.
 SCRIPT = f"""

@@ -15,6 +15,7 @@ from prefix_attn.testing import (
     Inputs,
     Results,
     assert_all,
+    assert_model_within_budget,
     assert_within_budget,
     attention_results,
     compare,
@@ -124,6 +125,29 @@ def test_budget_rejects_what_is_not_finite(value):
     with pytest.raises(AssertionError, match=f"out: root mean square error {value}"):
         assert_within_budget("out", broken, exact, exact)
     assert not compare("out", exact, exact, broken).ok
+
+
+@pytest.mark.parametrize("broken", ["matrix", "frozen"])
+def test_budget_of_a_model_forgives_luck_and_names_a_wrong_parameter(broken):
+    """PyTorch's error of the small matrix is ten times smaller than that of the others."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embedding": (64, 32), "matrix": (32, 4), "bias": (32,), "frozen": (4,)}
+    exact = {name: torch.randn(x, generator=generator).double() for name, x in shapes.items()}
+    exact["frozen"].zero_()
+
+    def rounded(share):
+        noise = {n: torch.randn(x.shape, generator=generator) for n, x in exact.items()}
+        return {
+            name: (x * (1 + 1e-6 * noise[name] * (share if name == "matrix" else 1))).float()
+            for name, x in exact.items()
+        }
+
+    ours, pytorch = rounded(1.0), rounded(0.1)
+    assert not compare("matrix", ours["matrix"], exact["matrix"], pytorch["matrix"]).ok
+    assert_model_within_budget("gradients", ours, exact, pytorch)
+    ours[broken] = ours[broken] + 1e-4
+    with pytest.raises(AssertionError, match=f"^gradients: .* worst in {broken}$"):
+        assert_model_within_budget("gradients", ours, exact, pytorch)
 
 
 def test_budget_takes_empty_tensors():

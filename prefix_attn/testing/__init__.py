@@ -8,7 +8,12 @@ from prefix_attn.testing.attention import (
     check_attention,
     compare_attention,
 )
-from prefix_attn.testing.budget import Comparison, assert_within_budget, compare
+from prefix_attn.testing.budget import (
+    Comparison,
+    assert_model_within_budget,
+    assert_within_budget,
+    compare,
+)
 from prefix_attn.testing.forests import forests
 from prefix_attn.testing.interpreter import fix_interpreter
 from prefix_attn.testing.repeated import repeated_attention
@@ -18,6 +23,7 @@ __all__ = [
     "Inputs",
     "Results",
     "assert_all",
+    "assert_model_within_budget",
     "assert_within_budget",
     "attention_results",
     "check_attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,41 @@ def assert_within_budget(
     comparison = compare(name, actual, exact, pytorch, **terms)
     if not comparison.ok:
         raise AssertionError(f"{comparison} against float64")
+
+
+def assert_model_within_budget(
+    name: str,
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    pytorch: Mapping[str, Tensor],
+) -> None:
+    """Holds the gradients of a model against float64 as one result, or others of its parameters.
+
+    Every tensor is divided by the root mean square of its exact values. Alone, that of a small
+    matrix is no judge: a few values in later layers decide all of its errors, and so does luck.
+
+    Args:
+        name: what is compared.
+        actual: tensors under test, by parameter.
+        exact: the same in float64.
+        pytorch: what PyTorch computes in the dtype under test.
+
+    Raises:
+        AssertionError: with errors and limits; names the worst parameter.
+    """
+    assert actual.keys() == exact.keys(), sorted(actual.keys() ^ exact.keys())
+    sizes = {key: rms(x.detach().double()) or 1.0 for key, x in exact.items()}
+
+    def scaled(results: Mapping[str, Tensor]) -> list[Tensor]:
+        return [results[key].detach().double().flatten() / size for key, size in sizes.items()]
+
+    own, right, theirs = scaled(actual), scaled(exact), scaled(pytorch)
+    dtype = next(iter(actual.values())).dtype
+    comparison = compare(name, *map(torch.cat, (own, right, theirs)), dtype=dtype)
+    if not comparison.ok:
+        errors = torch.tensor([rms(x - y) for x, y in zip(own, right, strict=True)])
+        worst = list(sizes)[int(errors.argmax())]  # NaN is the largest
+        raise AssertionError(f"{comparison} against float64; worst in {worst}")
 
 
 def rms(x: Tensor) -> float:

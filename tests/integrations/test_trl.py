@@ -33,7 +33,7 @@ from prefix_attn.integrations.trl import (
     tree_attention,
     tree_layout,
 )
-from prefix_attn.testing import assert_within_budget
+from prefix_attn.testing import assert_model_within_budget, assert_within_budget
 
 WORDS = [f"w{i}" for i in range(94)]
 GENERATIONS = 4
@@ -237,6 +237,17 @@ def run(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     return results | {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def assert_run_within_budget(
+    found: dict[str, Tensor], exact: dict[str, Tensor], ordinary: dict[str, Tensor]
+) -> None:
+    """Holds what `run` returns against float64: all gradients together, and all parameters."""
+    assert found.keys() == exact.keys()
+    gradients = {name for name in exact if name.startswith("gradient of ")}
+    for kind, names in (("gradients", gradients), ("parameters", exact.keys() - gradients)):
+        runs = ({name: run[name] for name in names} for run in (found, exact, ordinary))
+        assert_model_within_budget(kind, *runs)
+
+
 def run_in_float64(
     cls: type,
     model_path: str,
@@ -266,9 +277,7 @@ def test_training_step_matches_ordinary_run(
     trainer = make_trainer(cls, model_path, tokenizer, tmp_path)
     enable_both(trainer)
     shared = run(trainer, monkeypatch)
-    assert shared.keys() == exact.keys()
-    for name, expected in exact.items():
-        assert_within_budget(name, shared[name], expected, ordinary[name])
+    assert_run_within_budget(shared, exact, ordinary)
     for model in (trainer.model, trainer.ref_model):
         counts = prefix_attn.stats(model)
         assert counts.packed_calls == counts.calls >= 2
@@ -288,8 +297,7 @@ def test_adapters_match_ordinary_run(
     enable_both(trainer)
     shared = run(trainer, monkeypatch)
     assert any("lora_A" in name for name in exact)
-    for name, expected in exact.items():
-        assert_within_budget(name, shared[name], expected, ordinary[name])
+    assert_run_within_budget(shared, exact, ordinary)
     counts = prefix_attn.stats(trainer.model)
     assert counts.packed_calls == counts.calls >= 4
 
@@ -334,8 +342,7 @@ def test_keeping_groups_shares_every_prompt_once(
         enable_both(trainer)
         results.append(run(trainer, monkeypatch))
         counts.append(prefix_attn.stats(trainer.model))
-    for name, expected in exact.items():
-        assert_within_budget(name, results[1][name], expected, results[0][name])
+    assert_run_within_budget(results[1], exact, results[0])
     scattered, kept = counts
     assert kept.tokens_in == scattered.tokens_in
     assert kept.tokens_run < scattered.tokens_run
@@ -580,8 +587,9 @@ def test_model_on_trie_matches_samples_alone(
         exact = results(torch.float64, "sdpa")
     pytorch = results(torch.float32, "sdpa")
     shared = results(torch.float32, packing.TREE_ATTENTION)
-    for name, expected in exact.items():
-        assert_within_budget(name, shared[name], expected, pytorch[name])
+    log_probs = [results.pop("log_probs") for results in (shared, exact, pytorch)]
+    assert_within_budget("log_probs", *log_probs)
+    assert_model_within_budget("gradients", shared, exact, pytorch)
     assert len(made) == 1  # for two layers, forward and recomputed
 
 

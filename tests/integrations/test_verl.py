@@ -25,7 +25,7 @@ from verl.plugin.platform.platform_manager import set_platform
 
 import prefix_attn
 from prefix_attn.integrations.verl import ENGINE, EngineFinder, serve_engine
-from prefix_attn.testing import assert_within_budget
+from prefix_attn.testing import assert_model_within_budget, assert_within_budget
 
 
 class PlatformCPU(PlatformCUDA):
@@ -64,6 +64,7 @@ from verl.workers.engine.fsdp.transformer_impl import (  # noqa: E402
 )
 
 GROUPS = ((11, (5, 8, 3)), (6, (6, 2)), (9, (4,)))  # prompt and responses; one without siblings
+OUTPUTS = {"log_probs", "entropy", "values"}
 TOKENS, SHARED_TOKENS = 82, 54  # with every prompt repeated, and once
 
 
@@ -248,6 +249,17 @@ def in_float64(
         return run(engine, batch)
 
 
+def assert_run_within_budget(
+    found: dict[str, Tensor], exact: dict[str, Tensor], ordinary: dict[str, Tensor]
+) -> None:
+    """Holds each output, and all gradients together, against float64."""
+    for name in OUTPUTS & exact.keys():
+        assert_within_budget(name, found[name], exact[name], ordinary[name])
+    gradients = [{x: r[x] for x in r.keys() - OUTPUTS} for r in (found, exact, ordinary)]
+    if any(gradients):
+        assert_model_within_budget("gradients", *gradients)
+
+
 @pytest.mark.parametrize("remove_padding", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["actor", "LoRA", "critic"])
 def test_forward_step_matches_ordinary_run(
@@ -262,8 +274,7 @@ def test_forward_step_matches_ordinary_run(
         results.append(forward_and_backward(engine, micro_batch(remove_padding)))
     ordinary, shared = results
     assert shared.keys() == exact.keys() >= {"values" if kind == "critic" else "log_probs"}
-    for name, expected in exact.items():
-        assert_within_budget(name, shared[name], expected, ordinary[name])
+    assert_run_within_budget(shared, exact, ordinary)
     trained = [name for name, x in exact.items() if "layers" in name and x.any()]
     assert len(trained) == sum("layers" in name for name in exact) > 0
     counts = prefix_attn.stats(engine.module)
@@ -284,8 +295,7 @@ def test_fused_kernels_match_ordinary_run(model_path: str, monkeypatch: pytest.M
         engine._autocast_dtype = torch.float32
         engine._build_model_optimizer()
         results.append(forward_and_backward(engine, micro_batch(True, fused=True)))
-    for name, expected in exact.items():
-        assert_within_budget(name, results[1][name], expected, results[0][name])
+    assert_run_within_budget(results[1], exact, results[0])
     assert prefix_attn.stats(engine.module).tokens_run == SHARED_TOKENS
 
 
@@ -299,8 +309,7 @@ def test_forward_step_with_static_padding_matches_ordinary_run(
         engine = new_engine(model_path, attention, pad_to_length=True, pad_to_length_bucket=64)
         engine._build_model_optimizer()
         results.append(forward_and_backward(engine, micro_batch(True)))
-    for name, expected in exact.items():
-        assert_within_budget(name, results[1][name], expected, results[0][name])
+    assert_run_within_budget(results[1], exact, results[0])
     counts = prefix_attn.stats(engine.module)
     assert (counts.tokens_in, counts.tokens_run) == (128, SHARED_TOKENS + 128 - TOKENS)
 

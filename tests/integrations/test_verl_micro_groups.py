@@ -23,6 +23,8 @@ from prefix_attn.integrations.transformers.micro_groups import MicroGroups
 from prefix_attn.integrations.verl import ENGINE, _announce, pack_alike
 from prefix_attn.testing import assert_within_budget
 from tests.integrations.test_verl import (  # noqa: F401
+    OUTPUTS,
+    assert_run_within_budget,
     in_float64,
     load_without_flash_attention,
     model_path,
@@ -156,9 +158,7 @@ def test_step_runs_every_prompt_once_and_matches_ordinary_run(
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         found = train(engine, batches[1])
-    assert found.keys() == exact[torn].keys()
-    for name, expected in exact[torn].items():
-        assert_within_budget(name, found[name], expected, ordinary[name])
+    assert_run_within_budget(found, exact[torn], ordinary)
     counts = prefix_attn.stats(engine.module)
     assert counts.calls == counts.packed_calls == 4
     # The prompt of nine tokens is too short for a pass: it runs again where its group is cut.
@@ -198,8 +198,7 @@ def test_scattered_groups_are_named_and_run_in_each_micro_batch(
     engine = built(model_path, "prefix_attn")
     with pytest.warns(UserWarning, match="they lie scattered over the micro-batches"):
         found = train(engine, batch_of(samples(torn=True), **IN_THREES))
-    for name, expected in exact[True].items():
-        assert_within_budget(name, found[name], expected, ordinary[name])
+    assert_run_within_budget(found, exact[True], ordinary)
     with warnings.catch_warnings():  # said once
         warnings.simplefilter("error", UserWarning)
         train(engine, batch_of(samples(torn=True), **IN_THREES))
@@ -301,11 +300,9 @@ def test_steps_of_two_ranks_with_other_trees(
         engine = built(folder, "prefix_attn", **options)
         with refusal if is_refused else nullcontext():
             found = train(engine, batch_of(samples(rank), **cut))
-    assert found.keys() == exact.keys()
-    outputs = ("log_probs", "entropy", "values")  # of its own samples; gradients are a mean
-    for name, value in exact.items():
-        value = value.detach() / (1 if name in outputs else 2)
-        assert_within_budget(f"{kind} {strategy} {name}", found[name], value, ordinary[name])
+    # Outputs are those of its own samples; gradients are a mean.
+    expected = {x: value.detach() / (1 if x in OUTPUTS else 2) for x, value in exact.items()}
+    assert_run_within_budget(found, expected, ordinary)
     counts = prefix_attn.stats(engine.module)
     told: list[Any] = [None, None]
     dist.all_gather_object(told, (counts.calls, counts.packed_calls, counts.passed_through))

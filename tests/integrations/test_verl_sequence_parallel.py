@@ -16,8 +16,9 @@ from verl.utils.ulysses import set_ulysses_sequence_parallel_group
 
 import prefix_attn
 import prefix_attn.integrations.distributed  # before the ranks are forked
-from prefix_attn.testing import assert_within_budget
 from tests.integrations.test_verl import (
+    OUTPUTS,
+    assert_run_within_budget,
     forward_and_backward,
     in_float64,
     micro_batch,
@@ -27,7 +28,6 @@ from tests.integrations.test_verl import (
 from tests.ranks import on_ranks
 
 MANY_RANKS = "MANY_RANKS"
-OUTPUTS = ("log_probs", "entropy")
 # data x sequence: (ranks, those of a sequence)
 MESHES = [
     pytest.param(4, 2, id="2 x 2"),
@@ -93,8 +93,8 @@ def compare_engines(sequence: int, *, fused: bool = False, forward_only: bool = 
                 results = step(engine, batch_of(data_rank, fused), forward_only)
                 set_ulysses_sequence_parallel_group(None)
             found[attention] = averaged(results) if fused else results
-    for name, x in found["prefix_attn"].items():
-        assert_within_budget(name, x, exact[name], found["sdpa"][name])
+    expected = {name: exact[name] for name in found["sdpa"]}  # all, or the outputs alone
+    assert_run_within_budget(found["prefix_attn"], expected, found["sdpa"])
     counts = prefix_attn.stats(engine.module)
     assert counts.packed_calls == counts.calls == 1
     assert counts.tokens_run < counts.tokens_in
