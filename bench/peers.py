@@ -472,7 +472,9 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         panel.set_title(title, loc="left", fontsize=11)
         panel.margins(x=0.12)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(trees)), [tree.replace(": ", "\n") for tree in trees])
+    breaks = ((": ", "\n") if ": " in tree else (", ", ",\n") for tree in trees)
+    labels = [tree.replace(*at) for tree, at in zip(trees, breaks, strict=True)]
+    panels[0].set_yticks(range(len(trees)), labels)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

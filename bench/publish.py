@@ -2,8 +2,9 @@
 
 A run's CSV goes to `bench/results/NAME.csv`, its picture, if there is one, to
 `docs/pages/figures/NAME.png`. Tables stand between markers in README.md and in the documentation's
-pages on options, performance, machine code, micro-groups and sequence parallelism: those of runs,
-of what backends refuse, and of the models of machine code, of the schedule and of what ranks send.
+pages on options, performance, other libraries, machine code, micro-groups and sequence parallelism:
+those of runs, of what backends refuse, and of the models of machine code, of the schedule and of
+what ranks send.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench import micro, options_table, schedule_model, sequence_parallel, shapes, tables
+from bench import (
+    micro,
+    options_table,
+    peers,
+    schedule_model,
+    sequence_parallel,
+    shapes,
+    tables,
+)
 from bench.machine_code import budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +35,14 @@ PAGES = (
     ROOT / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("options", "performance", "machine-code", "micro-groups", "sequence-parallel")
+        for name in (
+            "options",
+            "performance",
+            "peers",
+            "machine-code",
+            "micro-groups",
+            "sequence-parallel",
+        )
     ),
 )
 TABLE = re.compile(r"<!-- bench:begin (\S+) -->\n.*?<!-- bench:end -->", re.DOTALL)
@@ -71,6 +87,8 @@ def markdown(results: Path) -> str:
         return micro.markdown(rows)
     if "shape" in first:
         return shapes.markdown(rows)
+    if "library" in first:
+        return peers.markdown(rows)
     machine = f"{first['device']}, {first['threads']} threads, {first['dtype']}"
     versions, columns = f"torch {first['torch']}", CPU_COLUMNS
     if first.get("driver"):
