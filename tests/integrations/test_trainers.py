@@ -75,10 +75,12 @@ def plugin_of_axolotl():
     return load_plugin("prefix_attn.integrations.axolotl.Plugin")
 
 
-def test_plugin_of_axolotl_enables_the_model():
-    model = tiny_model()
-    plugin_of_axolotl().post_model_load(Settings(), model)
-    assert prefix_attn.stats(model).calls == 0
+def test_model_of_axolotl_matches_its_ordinary_run():
+    def enable(model):
+        plugin_of_axolotl().post_model_load(Settings(), model)
+
+    model, (ids, mask) = tiny_model(), group_of_three()
+    check_both_ways_to_batch(model, called_by_trainer(model, ids, mask), mask, enable)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +122,16 @@ def swift(monkeypatch):
     return stand_in(monkeypatch, "swift.callbacks", TrainerCallback=SwiftCallback, callbacks_map={})
 
 
-def test_callback_of_swift_enables_the_model(swift):
+def test_model_of_swift_matches_its_ordinary_run(swift):
     importlib.import_module("prefix_attn.integrations.swift")
-    model = tiny_model()
-    trainer = types.SimpleNamespace(model=model)
-    callback = swift.callbacks_map["prefix_attn"](None, trainer)
-    callback.on_train_begin(None, None, None, model=model)
-    assert prefix_attn.stats(model).calls == 0
+
+    def enable(model):
+        trainer = types.SimpleNamespace(model=model)
+        callback = swift.callbacks_map["prefix_attn"](None, trainer)
+        callback.on_train_begin(None, None, None, model=model)
+
+    model, (ids, mask) = tiny_model(), group_of_three()
+    check_both_ways_to_batch(model, called_by_trainer(model, ids, mask), mask, enable)
 
 
 @pytest.fixture
@@ -168,13 +173,30 @@ def group_of_three():
     return ids, mask
 
 
-def check_both_ways_to_batch(model, log_probs_of, mask):
+def called_by_trainer(model, ids, mask):
+    """Log-probabilities of completions (3, 12) by calls such as those of transformers' Trainer."""
+
+    def log_probs_of(packed):
+        keep = mask.bool()
+        if packed:
+            positions = (mask.cumsum(1) - 1)[keep]
+            row = model(ids[keep][None], position_ids=positions[None]).logits[0]
+            logits = row.new_zeros(*mask.shape, row.shape[-1]).index_put((keep,), row)
+        else:
+            logits = model(ids, attention_mask=mask).logits
+        return logits[:, -13:-1].log_softmax(-1).gather(2, ids[:, -12:, None])[..., 0]
+
+    return log_probs_of
+
+
+def check_both_ways_to_batch(model, log_probs_of, mask, enable=prefix_attn.enable):
     """Padded batches and rows without padding match the ordinary padded batch.
 
     Args:
-        model: what is enabled. Both trainers switch `use_cache` off in models that they load.
+        model: what is enabled. Trainers switch `use_cache` off in models that they load.
         log_probs_of: computes (3, 12) log-probabilities of completions, without padding or with.
         mask: (3, 42).
+        enable: how the trainer does it.
     """
     model.config.use_cache = False
 
@@ -185,7 +207,7 @@ def check_both_ways_to_batch(model, log_probs_of, mask):
         return [log_probs.detach(), *(p.grad.clone() for p in model.parameters())]
 
     right = step(False)
-    prefix_attn.enable(model)
+    enable(model)
     for packed in (False, True):
         for a, b in zip(step(packed), right, strict=True):
             assert (a - b).norm() <= ROUNDING * b.norm(), packed
@@ -212,15 +234,20 @@ def test_wrapper_of_skyrl_matches_its_ordinary_run(monkeypatch, without_gpu):
 
 
 def test_actor_of_openrlhf_matches_its_ordinary_run(monkeypatch, without_gpu):
+    """Its log-probabilities and entropies at a temperature, which it divides logits by in place."""
     root = package_folder("openrlhf")
     for name in ("openrlhf", "openrlhf.models"):
         stand_in(monkeypatch, name, root.joinpath(*name.split(".")[1:]))
-    actor = importlib.import_module("openrlhf.models.actor").Actor(tiny_model())
+    load = importlib.import_module("openrlhf.models.actor").Actor
+    actor = load(tiny_model(), temperature=0.7)
     ids, mask = group_of_three()
+    wanted = {"return_output": True, "return_entropy": True}
 
     def log_probs_of(packed):
         actor.packing_samples = packed
-        return actor(ids, mask[:, -12:], attention_mask=mask)
+        with torch.compiler.set_stance("force_eager"):
+            log_probs, output = actor(ids, mask[:, -12:], attention_mask=mask, **wanted)
+        return log_probs + 0.1 * output.entropy[:, -12:]
 
     check_both_ways_to_batch(actor.model, log_probs_of, mask)
 
@@ -246,12 +273,19 @@ def test_rows_of_nemo_rl_are_packed_and_those_of_prime_rl_pass_through(keyword, 
         "use_cache": False,
     }
     model = tiny_model()
-    right = model(**batch).logits
+
+    def step(**more):
+        model.zero_grad()
+        logits = model(**batch, **more).logits
+        logits.square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    right = step()
     prefix_attn.enable(model)
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     values = {"flash_attn_kwargs": FlashAttentionKwargs(bounds, 42), "seq_lens": lengths}
-    found = model(**batch, **{keyword: values[keyword]}).logits
-    assert (found - right).norm() <= ROUNDING * right.norm()
+    for a, b in zip(step(**{keyword: values[keyword]}), right, strict=True):
+        assert (a - b).norm() <= ROUNDING * b.norm()
     counts = prefix_attn.stats(model)
     assert counts.packed_calls == packed
     assert dict(counts.passed_through) == ({} if packed else {"the keyword seq_lens": 1})
