@@ -281,7 +281,6 @@ COLOURS = {
     REPEATED: "#999999",
     "Prefix Grouper": "#E69F00",
     "TRL": "#009E73",
-    "AReaL": "#CC79A7",
     OURS: "#0072B2",
 }
 
@@ -306,7 +305,7 @@ def errors_of(packed: Packed, problem: Problem, exact: Mapping[str, Tensor]) -> 
 
 
 def measured(
-    tree: Shape, most_rounds: int, notes: dict[str, None], wrong: list[str]
+    tree: Shape, most_rounds: int, notes: list[str], wrong: list[str]
 ) -> list[dict[str, Any]]:
     """A row for each library that runs.
 
@@ -329,7 +328,7 @@ def measured(
         except (ImportError, NotImplementedError, *FOREIGN_ERRORS) as error:
             if name in (REPEATED, OURS):
                 raise
-            notes[f"{name} left out of {tree.name}: {str(error).splitlines()[0]}"] = None
+            notes.append(f"{name} left out of {tree.name}: {str(error).splitlines()[0]}")
             continue
         if max(errors.values()) > AGREEMENT_EPS * torch.finfo(tree.dtype).eps:
             wrong.append(f"{tree.name}: {name} is off by {errors}")
@@ -338,7 +337,8 @@ def measured(
             "heads_q": tree.heads[0],
             "heads_kv": tree.heads[1],
             "head_dim": problem.dims[0],
-            "library": f"{name} {version(distribution)}" if distribution else name,
+            "library": name,
+            "version": version(distribution) if distribution else "",
             "tokens": packed.rows.numel(),
             "error": errors.pop("out"),
             "error_grad": max(errors.values(), default=None),
@@ -387,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no tree is named like {args.names}: {', '.join(x.name for x in TREES)}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    notes: dict[str, None] = {}
+    notes: list[str] = []
     wrong: list[str] = []
     facts = environment(torch.device("cpu"))
     try:
@@ -436,7 +436,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
     for row in rows:
         tree = row["tree"] if row["tree"] != last else ""
         last = row["tree"]
-        cells.append([tree, row["library"], *(cell(row, x) for x in COLUMNS.values())])
+        library = f"{row['library']} {row['version']}".strip()
+        cells.append([tree, library, *(cell(row, x) for x in COLUMNS.values())])
     first = rows[0]
     notes = (
         f"{first['device']}, one thread, float32, {first['heads_q']} query and "
@@ -458,13 +459,14 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     trees = list(dict.fromkeys(row["tree"] for row in rows))
-    names = [x for x in COLOURS if any(_is(row, x) and row.get("total_ms") for row in rows)]
+    rows = [row for row in rows if row["total_ms"]]
+    names = [x for x in COLOURS if any(row["library"] == x for row in rows)]
     figure, panels = plt.subplots(1, 2, figsize=(11.0, 4.4), sharey=True, layout="constrained")
     columns = {"forward + backward, ms": "total_ms", "peak memory, MiB": "peak_mib"}
     height = 0.8 / len(names)
     for panel, (title, column) in zip(panels, columns.items(), strict=True):
         for index, name in enumerate(names):
-            found = [row for row in rows if _is(row, name) and row.get("total_ms")]
+            found = [row for row in rows if row["library"] == name]
             at = [trees.index(row["tree"]) + (index + 0.5) * height - 0.4 for row in found]
             values = [float(row[column]) for row in found]
             bars = panel.barh(at, values, height * 0.9, color=COLOURS[name], label=name)
@@ -480,11 +482,6 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _is(row: dict[str, str], name: str) -> bool:
-    """Whether a row is that of a library, whose version may follow its name."""
-    return row["library"] in (name, f"{name} {row['library'].rpartition(' ')[2]}")
 
 
 if __name__ == "__main__":
