@@ -1220,6 +1220,26 @@ def test_info_lists_every_environment_variable_that_the_package_reads():
     assert read <= set(info.ENVIRONMENT)
 
 
+@pytest.mark.parametrize(
+    ("hip", "words"), [(None, "compute capability 9.4"), ("7.0", "Instinct, gfx942, 192.0 GiB")]
+)
+def test_info_names_gpus_as_their_makers_do(monkeypatch, hip, words):
+    properties = types.SimpleNamespace(
+        name="Instinct", major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-",
+        total_memory=192 << 30, multi_processor_count=304,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu = info._gpu(0)
+    empty = {"backends": {}, "versions": {}, "integrations": {}, "environment": {}}
+    test = {"result": "ok", "failure": None, "checks": [], "seconds": 0.0}
+    test |= dict.fromkeys(("backend", "dtype", "device"), "")
+    assert words in info.render({**empty, "gpus": [gpu], "self_test": test})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if hip:
+        assert info._why_no_gpu() == "torch is built for ROCm 7.0, and finds no device"
+
+
 def test_driver_version_is_that_of_the_kernel_module(tmp_path, monkeypatch):
     path = lines_file(
         tmp_path / "version", "NVRM version: NVIDIA UNIX Kernel Module  570.124.06  Wed\nGCC 13.2\n"

@@ -489,10 +489,10 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
             assert parameter.do_not_specialize
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120, "gfx942", "gfx950"])
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_blocks_are_powers_of_two(capability, head_dim):
-    config = Program.from_selection("backward", capability, "bfloat16", head_dim).config
+def test_blocks_are_powers_of_two(arch, head_dim):
+    config = Program.from_selection("backward", arch, "bfloat16", head_dim).config
     tiles = (config.forward, config.keys, config.queries, config.fused, config.softcap_window)
     for tile in filter(None, tiles):
         assert tile.block_m.bit_count() == tile.block_n.bit_count() == 1

@@ -84,7 +84,7 @@ def render(results: dict[str, Any]) -> str:
     gpus = [
         (
             f"GPU {i}",
-            f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
+            f"{gpu['name']}, {_architecture(gpu['capability'])}, {gpu['memory_gib']} GiB, "
             f"{gpu['multiprocessors']} multiprocessors, driver {gpu['driver']}",
         )
         for i, gpu in enumerate(results["gpus"])
@@ -127,6 +127,11 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(f"{title}\n{body}" for title, body in sections.items())
 
 
+def _architecture(capability: str) -> str:
+    """As NVIDIA or AMD names it."""
+    return f"compute capability {capability}" if capability[0].isdigit() else capability
+
+
 def _value(text: str | None) -> str:
     return "not set" if text is None else f"now {text!r}"
 
@@ -143,15 +148,20 @@ def _why_no_gpu() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
-        return f"torch is built for CUDA {torch.version.cuda}, and finds no device"
+        amd = f"ROCm {torch.version.hip}"
+        built = amd if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+        return f"torch is built for {built}, and finds no device"
     return None
 
 
 def _gpu(i: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(i)
+    capability = f"{properties.major}.{properties.minor}"
+    if torch.version.hip is not None:
+        capability = properties.gcnArchName.split(":")[0]  # such as gfx942:sramecc+:xnack-
     return {
         "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
+        "capability": capability,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "driver": _driver(),
