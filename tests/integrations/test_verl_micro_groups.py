@@ -93,7 +93,8 @@ def loss_of(model_output: dict, data: Any, dp_group: Any) -> tuple[Tensor, dict]
     weights = torch.cos(data["input_ids"].values() + data["position_ids"].values())
     if "values" in model_output:
         values = model_output["values"].values()
-        return (mask * (weights * values + 0.1 * values.square())).sum(), {}
+        # Of one sign: the gradient of the head's bias is one sum, which must not cancel.
+        return (mask * ((2 + weights) * values + 0.1 * values.square())).sum(), {}
     log_probs, entropy = (model_output[name].values() for name in ("log_probs", "entropy"))
     return (mask * (weights * log_probs + 0.1 * entropy)).sum(), {}
 
