@@ -8,6 +8,7 @@ graph, under checkpointing and in another process.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -176,6 +177,33 @@ class PrefixAttention(torch.autograd.Function):
         return (*grads, None if sinks is None else dsinks, *rest)
 
 
-# PyTorch binds arguments by name in every call, and would read these signatures anew each time.
+class _Signature(inspect.Signature):
+    """That of a function whose calls name no argument and leave none out.
+
+    PyTorch binds the arguments of autograd functions by name in every call, since they may have
+    defaults. It would also read the signature anew each time.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        if kwargs or len(args) != len(self.parameters):
+            return super().bind(*args, **kwargs)
+        return _AllArguments(self, OrderedDict(zip(self.parameters, args, strict=True)))
+
+
+class _AllArguments(inspect.BoundArguments):
+    """The arguments of such a call."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return tuple(self.arguments.values())
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply_defaults(self) -> None:
+        pass
+
+
 for function in (PrefixAttention.forward, PrefixAttentionBackward.forward):
-    vars(function)["__signature__"] = inspect.signature(function)
+    vars(function)["__signature__"] = _Signature.from_callable(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from prefix_attn import PrefixLayout, prefix_attention
+from prefix_attn import PrefixLayout, ops, prefix_attention
 from prefix_attn.backends import cpu
 from prefix_attn.kernels.options import Options
 
@@ -539,3 +540,19 @@ def test_module_exports(strict: bool) -> None:
     targets = [node.target for graph in graphs for node in graph.nodes]
     assert targets.count(torch.ops.prefix_attn.forward.default) == 1
     torch.testing.assert_close(program.module()(x), block(x))
+
+
+@pytest.mark.parametrize("function", [ops.PrefixAttention, ops.PrefixAttentionBackward])
+def test_arguments_are_bound_as_python_binds_them(function):
+    """In short where all are given in order, which is how the package calls; else as ever."""
+    signature = inspect.signature(function.forward)
+    usual = inspect.Signature(list(signature.parameters.values()))
+    names = list(signature.parameters)
+    values = list(range(len(names)))
+    for args, kwargs in ((values, {}), (values[:-1], {names[-1]: values[-1]})):
+        found, expected = signature.bind(*args, **kwargs), usual.bind(*args, **kwargs)
+        found.apply_defaults()
+        assert (found.args, found.kwargs) == (expected.args, expected.kwargs)
+        assert found.arguments == expected.arguments
+    with pytest.raises(TypeError, match="missing a required argument"):
+        signature.bind(*values[:-1])
