@@ -205,10 +205,16 @@ def main() -> int:
         return _print_fits(reports)
     if args.update_budget:
         known = {program.label for program in everything()}
+        before = budget
         budget = budget.updated(reports).pruned(known | {r.program.label for r in reports})
         budget = budget.accepting(reports) if args.accept_known else budget
         budget.write()
         print(f"Written: {budget.path}")
+        for report in reports:
+            left = budget.violations(report)
+            for violation in before.violations(report):
+                if violation not in left:
+                    print(f"accepted: {report.program.label}: {violation.text}")
     over = [(report, found) for report in reports if (found := budget.violations(report))]
     for report, found in over:
         for violation in found:
