@@ -2,6 +2,8 @@
 
 Prints the model for long prompts, a table of Markdown. `--count N` runs one layer of a small case
 on N gloo ranks in both ways, and prints the bytes that were sent next to those of the model.
+`--saved` runs a small Qwen3 on one to eight gloo ranks, and prints a table of what each of them
+saves for the backward pass; it needs transformers.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -34,6 +37,10 @@ CASES = (
 )
 RANKS = (2, 4, 8)
 COUNTED = Case(2048, 256, 8, 8, 2, 64, "float32")
+SAVED = Case(2048, 128, 8, 8, 2, 32, "float32")
+LAYERS = 4
+OWN_ROWS = "own rows"  # of `shard_rows`, beside the two kinds of inputs of `enable`
+KINDS = (*product(("slices", "whole", OWN_ROWS), WAYS),)
 
 
 def layout_of(case: Case) -> PrefixLayout:
@@ -141,6 +148,102 @@ def count(rank: int, ranks: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that a forward pass saves for its backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = getattr(x, "elem", x).untyped_storage()  # of what a collective returns
+        saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = run()  # while it lives no place in memory is used again
+    del out
+    return sum(size for place, size in saved.items() if place not in own)
+
+
+def save(rank: int, ranks: int, port: int, results: Any) -> None:
+    """Runs the model in each kind as one of the ranks; the first tells the most that one saves."""
+    import prefix_attn
+
+    torch.set_num_threads(1)
+    at = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=at, rank=rank, world_size=ranks)
+    group, case, layout = dist.group.WORLD, SAVED, layout_of(SAVED)
+    assert group is not None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (layout.num_tokens,), generator=generator)
+    batch = torch.stack([ids[layout.sequence_rows(i)] for i in range(case.group)])
+    columns = batch.chunk(ranks, dim=1)[rank]
+    found = {}
+    for inputs, way in KINDS if ranks > 1 else KINDS[:1]:
+        model = _small_model(case)
+        call: dict[str, Any] = {"input_ids": columns if inputs == "slices" else batch}
+        if inputs == OWN_ROWS:
+            shard = RowShard.of(layout, group, way)
+            model.set_attn_implementation("prefix_attn")
+            call = {"input_ids": ids[shard.rows][None], "position_ids": shard.position_ids[None]}
+            call["prefix_layout"] = shard
+        elif ranks > 1:
+            prefix_attn.enable(
+                model,
+                sequence_parallel_group=group,
+                sequence_parallel_inputs=inputs,
+                sequence_parallel_way=way,
+            )
+        else:
+            prefix_attn.enable(model)
+        run = partial(model.model, **call, use_cache=False)
+        most = torch.tensor(saved_bytes(model, run))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found[inputs, way] = int(most)
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def _small_model(case: Case) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=case.heads_q * case.head_dim,
+        intermediate_size=3 * case.heads_q * case.head_dim,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=case.heads_q,
+        num_key_value_heads=case.heads_kv,
+        head_dim=case.head_dim,
+    )
+    return Qwen3ForCausalLM(config).train()
+
+
+def saved_markdown() -> str:
+    """The table of what ranks save, measured."""
+    import prefix_attn.integrations.distributed
+    import prefix_attn.integrations.transformers  # noqa: F401  # before the ranks are forked
+
+    rows = []
+    for ranks in (1, *RANKS):
+        results = mp.get_context("fork").SimpleQueue()
+        arguments = (ranks, _free_port(), results)
+        mp.start_processes(save, arguments, nprocs=ranks, start_method="fork")
+        found = results.get()
+        figures = [f"{found[kind] / 2**20:.1f}" if kind in found else "-" for kind in KINDS]
+        rows.append((str(ranks), *figures))
+    header = ("ranks", *(f"{inputs}, {way}" for inputs, way in KINDS))
+    return table(header, rows, "r" * len(header))
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints the model, or counts."""
     parser = argparse.ArgumentParser(
@@ -149,14 +252,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--count", type=int, choices=RANKS, help="run a small case on so many gloo ranks"
     )
+    parser.add_argument(
+        "--saved", action="store_true", help="run a small model, and print what its ranks save"
+    )
     args = parser.parse_args(arguments)
-    if args.count is None:
-        print(markdown())
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(count, (args.count, port), nprocs=args.count)
+    if args.count is not None:
+        mp.spawn(count, (args.count, _free_port()), nprocs=args.count)
+    else:
+        print(saved_markdown() if args.saved else markdown())
 
 
 if __name__ == "__main__":

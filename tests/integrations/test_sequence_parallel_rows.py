@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 
 import prefix_attn
-from bench.sequence_parallel import Counted
+from bench.sequence_parallel import Counted, saved_bytes
 from prefix_attn.losses import completion_log_probs, gspo_loss, packed_log_probs, shard_rows
 from prefix_attn.shards import WAYS
 from tests.docs_examples import run_examples
@@ -234,18 +234,7 @@ def test_activations_fall_with_the_ranks(group: Any) -> None:
             enabled(model, groups[ranks], "slices", "heads")
         batch = divisible(long_batch(), 4)
         batch = batch if ranks == 1 else slice_of(batch, groups[ranks])
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        saved: dict[int, int] = {}
-
-        def keep(x: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = getattr(x, "elem", x).untyped_storage()  # of what a collective returns
-            saved[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out = model.base_model(**batch, use_cache=False)
-        del out
-        kept[ranks] = sum(size for place, size in saved.items() if place not in own)
+        kept[ranks] = saved_bytes(model, partial(model.base_model, **batch, use_cache=False))
     if group.rank() == 0:
         assert kept[2] < 0.6 * kept[1], kept
         assert kept[4] < 0.6 * kept[2], kept
