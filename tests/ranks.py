@@ -13,11 +13,13 @@ are killed, as are the others of one that crashed.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -147,9 +149,10 @@ def _run_file(request: Any, tmp_path_factory: Any) -> Reports:
             (folder / "runs").write_bytes(pickle.dumps(runs))
             with (folder / "output").open("w") as output:
                 script = [sys.executable, "-c", SCRIPT, str(request.path), str(folder)]
-                subprocess.run(
-                    script, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
-                )
+                # A process that has had threads can't be forked.
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+                subprocess.run(script, cwd=ROOT, env=environment, check=False, **streams)
     reports = Reports((folder / "output").read_text())
     for file in folder.glob("*.report"):
         for name, told in pickle.loads(file.read_bytes()).items():
@@ -185,12 +188,16 @@ def _wait_for(ranks: list[Any], last: float) -> None:
         if any(process.exitcode for process in ranks):
             break
         running = [process for process in running if process.is_alive()]
+    for process in running:  # each says where it is
+        os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1.0 if running else 0.0)
     for process in running:
         process.kill()
         process.join()
 
 
 def _rank(rank: int, count: int, module: Any, runs: list[Run], folder: Path) -> None:
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
     os.environ.update({name: str(x) for name, x in numbers.items()}, GLOO_SOCKET_IFNAME="lo")
