@@ -85,9 +85,12 @@ $(TRAINERS_VENV)/.stamp: pyproject.toml
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) 'transformers==5.24.*' \
 		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
 		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro \
-		'trl==1.16.*' matplotlib prefix-grouper
+		'trl==1.16.*' matplotlib prefix-grouper \
+		hjson msgpack ninja py-cpuinfo pydantic 'setuptools<81' wheel
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON) \
 		areal==1.0.4 axolotl==0.19.0 openrlhf==0.11.2 skyrl==0.3.0 torchtitan==0.3.0
+	DS_BUILD_OPS=0 $(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps \
+		--no-build-isolation deepspeed==0.19.8
 	touch $@
 
 # All that pyproject.toml asks for, at the oldest versions that it takes.
@@ -148,10 +151,10 @@ test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two 
 	$(MEGATRON_VENV)/bin/python -m pytest -q tests/integrations/test_megatron.py \
 		tests/integrations/test_megatron_distributed.py
 
-test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, the hub (not in make test)
+test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, DeepSpeed, the hub (not in make test)
 	$(TRAINERS_VENV)/bin/python -m pytest -q tests/integrations/test_bench_peers.py \
-		tests/integrations/test_hub.py tests/integrations/test_torchtitan.py \
-		tests/integrations/test_trainers.py
+		tests/integrations/test_deepspeed.py tests/integrations/test_hub.py \
+		tests/integrations/test_torchtitan.py tests/integrations/test_trainers.py
 
 test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers and TRL (not in make test)
 	env -u TRITON_INTERPRET $(OLDEST_VENV)/bin/python -m pytest -q -n 2 $(NUMERIC) \

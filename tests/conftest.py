@@ -22,7 +22,16 @@ if find_spec("hypothesis"):
     settings.load_profile("ci")  # the same examples in every run, no deadlines
 
 # Libraries that are not part of every environment: files that import a missing one are left out.
-OPTIONAL = ("hypothesis", "megatron", "peft", "torchtitan", "transformers", "trl", "verl")
+OPTIONAL = (
+    "deepspeed",
+    "hypothesis",
+    "megatron",
+    "peft",
+    "torchtitan",
+    "transformers",
+    "trl",
+    "verl",
+)
 MISSING = [name for name in OPTIONAL if not find_spec(name)]
 TOP_IMPORT = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
 
