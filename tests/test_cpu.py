@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends.cpu.plan import plan
@@ -203,6 +204,34 @@ def test_cpu_calls_of_a_comb_are_fewer_than_its_segments(first: str) -> None:
 def test_cpu_many_small_groups_are_few_calls() -> None:
     layout = PrefixLayout.from_lengths([16] * 512, [[4, 4]] * 512)
     assert len(planned(layout)) <= 4
+
+
+def test_cpu_members_behind_a_short_prefix_are_read_in_place() -> None:
+    calls = planned(PrefixLayout.from_lengths([1], [[64] * 16]))
+    assert len(calls) <= 2
+    assert all(call.queries.is_view for call in calls)
+
+
+def test_cpu_odd_member_is_no_reason_to_copy_the_others() -> None:
+    """A call of its own costs less than copies of all queries; short rows go together."""
+    long = planned(PrefixLayout.from_lengths([20], [[100] * 8 + [99]]))
+    assert sum(call.queries.size for call in long if call.queries.is_view) >= 700
+    assert len(planned(PrefixLayout.from_lengths([9], [[5, 6, 7, 8] * 4]))) <= 2
+
+
+def test_cpu_heads_that_share_keys_take_no_copies_of_them() -> None:
+    """The backward pass holds gradients of K and V once, not once for each query head."""
+    layout = PrefixLayout.from_lengths([0], [[300] * 4])
+    peaks = {}
+    for heads in ((8, 8), (8, 1)):
+        inputs = Inputs.random(layout, heads, (64, 64))
+        q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            prefix_attention(q, k, v, layout, backend="cpu").backward(inputs.dout)
+        events = profiler.profiler.kineto_results.events()
+        peaks[heads] = sum(max(0, x.nbytes()) for x in events if x.name() == "[memory]")
+    of_keys = 2 * layout.num_tokens * 7 * 64 * 4
+    assert peaks[8, 8] - peaks[8, 1] >= of_keys
 
 
 def test_permuting_members_permutes_output() -> None:

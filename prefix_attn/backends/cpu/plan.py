@@ -9,6 +9,7 @@ flash kernel serves, all is cut into blocks, so that memory is linear in tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -415,17 +416,27 @@ def _calls(parts: Iterable[tuple[np.ndarray, np.ndarray, bool]], first: bool) ->
 
 def _masked(blocks: list[Block], forest: Forest) -> list[Call]:
     """Blocks of about one shape go together, unless padding costs more than another call."""
+
+    def shape(block: Block) -> tuple[int, int]:
+        return len(block.keys), len(block.rows)
+
+    alike = Counter(map(shape, blocks))
+
+    def in_place(block: Block) -> int:
+        """Queries of equal blocks, which are a view where no other block is among them."""
+        return len(block.rows) * alike[shape(block)] if alike[shape(block)] > 1 else 0
+
     batches: list[list[Block]] = []
     widest = filled = 0
-    for block in sorted(blocks, key=lambda x: (len(x.keys), len(x.rows), x.place)):
-        length, keys = len(block.rows), len(block.keys)
+    for block in sorted(blocks, key=lambda x: (*shape(x), x.place)):
+        keys, length = shape(block)
         if batches:
             last = batches[-1]
             count, wide = len(last) + 1, max(widest, length)
             padded = wide * keys * count
             spare = padded - filled - length * keys
-            if len(last[0].rows) == widest < wide:  # queries were a view so far
-                spare += ROW_PAIRS * widest * len(last)
+            if len(last[-1].rows) != length:
+                spare += ROW_PAIRS * (in_place(last[-1]) + in_place(block))
             if (
                 spare <= max(CALL_PAIRS, length * keys // 4)
                 and padded <= MOST_PAIRS
