@@ -10,8 +10,11 @@ forward pass) holds two kinds of programs, longest first:
 * A program that owns a query tile of one query head runs over the keys that it sees, as in the
   forward pass, and writes dQ.
 
-With deterministic=False only key programs are launched. Each also adds dS K to dQ with atomic adds,
-in float32 by TMA. S and dP are computed once: five products instead of seven.
+Heads so wide that registers hold one sum of a key tile have two kinds of programs that own keys:
+those of dK, and those of dV. S is computed once more then.
+
+With deterministic=False only key programs are launched. Those of dK also add dS K to dQ with atomic
+adds, in float32 by TMA. S and dP are computed once: five products instead of seven.
 
 The full loop comes first in both: a masked loop before it would be serialised by the compiler.
 """
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prefix_attn.kernels.arguments import (
     QUERY_ROW,
@@ -38,7 +42,7 @@ from prefix_attn.kernels.arguments import (
     row_floor,
     rule_row,
 )
-from prefix_attn.kernels.config import Config, suits_tma
+from prefix_attn.kernels.config import Config, Tile, suits_tma
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
     INTERPRETED,
@@ -56,42 +60,13 @@ from prefix_attn.kernels.primitives import (
     tile_descriptor,
     tile_ptrs,
 )
-
-DELTA_BLOCK_M = 64
-
-
-@triton.jit(do_not_specialize=["num_queries"])
-def delta_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, delta_ptr, lse_log2_ptr, num_queries,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_DLSE: tl.constexpr, ACC: tl.constexpr, EIGHTS: tl.constexpr,
-):  # fmt: skip
-    """Delta, and the LSE in log2 units, of BLOCK_M queries of one query head.
-
-    They are (Hq, Tq), as dLSE is; grid (tiles, query heads).
-    """
-    out_rows, dout_rows = by_eights(out_rows, EIGHTS), by_eights(dout_rows, EIGHTS)
-    row0 = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    # [BLOCK_M]
-    rows = row0 + offs_m
-    mask_m = rows < num_queries
-    # [BLOCK_M, BLOCK_DV]
-    o_ptrs = tile_ptrs(out_rows, row0, head, offs_m, offs_dv)
-    do_ptrs = tile_ptrs(dout_rows, row0, head, offs_m, offs_dv)
-    o = load_masked(o_ptrs, mask_m, offs_dv, DV).to(ACC)
-    do = load_masked(do_ptrs, mask_m, offs_dv, DV).to(ACC)
-    # delta = sum_d dO O - dLSE                                                          (B1)
-    # [BLOCK_M]
-    delta = tl.sum(o * do, 1)
-    flat = head.to(tl.int64) * num_queries + rows
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + flat, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + flat, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + flat, mask=mask_m, other=0.0)
-    tl.store(lse_log2_ptr + flat, lse * LOG2E, mask=mask_m)
+from prefix_attn.kernels.sums import (
+    DELTA_BLOCK_M,
+    REDUCED_TILE,
+    delta_kernel,
+    part_ptrs,
+    reduce_kernel,
+)
 
 
 @triton.jit
@@ -111,30 +86,37 @@ def exponent_of(s, lse_log2, scale, softcap, MODE: tl.constexpr):
 @triton.jit
 def key_step(
     q, do, k, v, lse_log2, delta_ptrs, dk, dv, scale, softcap, mask_m, rows, floor, keys,
-    MASKED: tl.constexpr, MODE: tl.constexpr,
+    MASKED: tl.constexpr, MODE: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds one row tile to dK (without the scale) and dV; scores are [BLOCK_N, BLOCK_M]."""
+    """Adds one row tile to dK (without the scale), to dV, or to both; returns dS^T with dK.
+
+    Scores are [BLOCK_N, BLOCK_M].
+    """
     # S^T = K Q^T,  dP^T = V dO^T                                                        (B2)
     s = tl.dot(k, tl.trans(q), input_precision=MODE.precision, out_dtype=dk.dtype)
-    dp = tl.dot(v, tl.trans(do), input_precision=MODE.precision, out_dtype=dk.dtype)
+    if WITH_DK:
+        dp = tl.dot(v, tl.trans(do), input_precision=MODE.precision, out_dtype=dk.dtype)
     # P = 2^(S - LSE); a forbidden exponent makes P, and with it dS, zero                (B3)
     exponent, slope = exponent_of(s, lse_log2[None, :], scale, softcap, MODE)
     if MASKED:
         exponent = forbid(exponent, rows, floor, keys, MODE, True)
     p = tl.math.exp2(exponent)
-    # dV += P^T dO                                                                       (B4)
-    # [BLOCK_N, BLOCK_DV]
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.precision, out_dtype=dv.dtype)
-    # dS = P (dP - delta)                                                                (B5)
-    # Loaded as late as this, delta takes no registers while S and dP are there.
-    delta = tl.load(delta_ptrs, mask=mask_m, other=0.0) if MASKED else tl.load(delta_ptrs)
-    ds = p * (dp - delta[None, :])
-    if MODE.softcap:
-        ds = ds * slope
-    # dK += dS^T Q                                                                       (B6)
-    # [BLOCK_N, BLOCK_D]
-    ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=MODE.precision, out_dtype=dk.dtype)
+    ds = p
+    if WITH_DV:
+        # dV += P^T dO                                                                   (B4)
+        # [BLOCK_N, BLOCK_DV]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.precision, out_dtype=dv.dtype)
+    if WITH_DK:
+        # dS = P (dP - delta)                                                            (B5)
+        # Loaded as late as this, delta takes no registers while S and dP are there.
+        delta = tl.load(delta_ptrs, mask=mask_m, other=0.0) if MASKED else tl.load(delta_ptrs)
+        ds = p * (dp - delta[None, :])
+        if MODE.softcap:
+            ds = ds * slope
+        # dK += dS^T Q                                                                   (B6)
+        # [BLOCK_N, BLOCK_D]
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=MODE.precision, out_dtype=dk.dtype)
     return dk, dv, ds
 
 
@@ -167,8 +149,9 @@ def key_tile(
     num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
     SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of keys [col0, col1) of one KV head, or a partial sum of them."""
+    """dK, dV or both of keys [col0, col1) of one KV head, or a partial sum of them."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     BLOCK_D: tl.constexpr = HEADS.block_d
@@ -212,9 +195,9 @@ def key_tile(
         lse_log2 = tl.load(lse_log2_ptr + flat + offs_m)
         dk, dv, ds = key_step(
             q, do, k, v, lse_log2, delta_ptr + flat + offs_m, dk, dv, scale, softcap,
-            mask_m, None, None, None, False, MODE,
+            mask_m, None, None, None, False, MODE, WITH_DK, WITH_DV,
         )  # fmt: skip
-        if FUSED:
+        if FUSED and WITH_DK:
             add_to_queries(
                 ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
             )
@@ -249,9 +232,9 @@ def key_tile(
         lse_log2 = tl.load(lse_log2_ptr + flat, mask=mask_m, other=0.0)
         dk, dv, ds = key_step(
             q, do, k, v, lse_log2, delta_ptr + flat, dk, dv, scale, softcap,
-            mask_m, rows, floor, keys, True, MODE,
+            mask_m, rows, floor, keys, True, MODE, WITH_DK, WITH_DV,
         )  # fmt: skip
-        if FUSED:
+        if FUSED and WITH_DK:
             # Rows that see no key of the tile get zeros.
             add_to_queries(
                 ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
@@ -262,17 +245,21 @@ def key_tile(
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
     dk = dk * scale
     if item.slot < 0:
-        dk_ptrs = tile_ptrs(dk_rows, item.col0, kv_head, offs_n, offs_d)
-        dv_ptrs = tile_ptrs(dv_rows, item.col0, kv_head, offs_n, offs_dv)
-        store_masked(dk_ptrs, dk, mask_n, offs_d, HEADS.d)
-        store_masked(dv_ptrs, dv, mask_n, offs_dv, HEADS.dv)
+        if WITH_DK:
+            dk_ptrs = tile_ptrs(dk_rows, item.col0, kv_head, offs_n, offs_d)
+            store_masked(dk_ptrs, dk, mask_n, offs_d, HEADS.d)
+        if WITH_DV:
+            dv_ptrs = tile_ptrs(dv_rows, item.col0, kv_head, offs_n, offs_dv)
+            store_masked(dv_ptrs, dv, mask_n, offs_dv, HEADS.dv)
     else:
         # Partial sums lie as (slot, KV head, BLOCK_N, D).
         part = (item.slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N
-        dk_part_ptrs = part_ptrs(dk_part_ptr, part, offs_n, offs_d, HEADS.d)
-        dv_part_ptrs = part_ptrs(dv_part_ptr, part, offs_n, offs_dv, HEADS.dv)
-        store_masked(dk_part_ptrs, dk, mask_n, offs_d, HEADS.d)
-        store_masked(dv_part_ptrs, dv, mask_n, offs_dv, HEADS.dv)
+        if WITH_DK:
+            dk_part_ptrs = part_ptrs(dk_part_ptr, part, offs_n, offs_d, HEADS.d)
+            store_masked(dk_part_ptrs, dk, mask_n, offs_d, HEADS.d)
+        if WITH_DV:
+            dv_part_ptrs = part_ptrs(dv_part_ptr, part, offs_n, offs_dv, HEADS.dv)
+            store_masked(dv_part_ptrs, dv, mask_n, offs_dv, HEADS.dv)
 
 
 @triton.jit
@@ -280,13 +267,6 @@ def next_row_tile(head, i, count):
     """Row tile i of `count` of a query head, one further: the first one of the next head last."""
     is_last = i + 1 == count
     return tl.where(is_last, head + 1, head), tl.where(is_last, 0, i + 1)
-
-
-@triton.jit
-def part_ptrs(ptr, row, offs_n, offs_d, D: tl.constexpr):
-    """Addresses of rows [row + offs_n] of partial sums."""
-    # [BLOCK_N, BLOCK_D]
-    return ptr + row * D + offs_n[:, None] * D + offs_d[None, :]
 
 
 @triton.jit
@@ -390,25 +370,28 @@ def query_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "num_queries", "num_keys", "num_key_items", "num_entries", "heads_per_section",
-        "window_size",
+        "num_queries", "num_keys", "num_key_items", "num_value_items", "num_entries",
+        "heads_per_section", "window_size",
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, do_desc, k_desc, v_desc,
+    q_desc, do_desc, value_q_desc, value_do_desc, k_desc, v_desc,
     q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
-    dk_part_ptr, dv_part_ptr, rule_ptr, order_ptr, key_table, query_table,
-    num_queries, num_keys, num_key_items, num_entries, num_kv_heads, heads_per_section,
-    scale, softcap, window_size,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, MODE: tl.constexpr,
+    dk_part_ptr, dv_part_ptr, rule_ptr, order_ptr, key_table, value_table, query_table,
+    num_queries, num_keys, num_key_items, num_value_items, num_entries, num_kv_heads,
+    heads_per_section, scale, softcap, window_size,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, QUERIES: tl.constexpr,
+    MODE: tl.constexpr,
     SUBSET: tl.constexpr, FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, REDUCE: tl.constexpr,
     EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """One entry of `order`: a key tile of one KV head, or a query tile of one of its query heads.
 
     lse_log2_ptr and delta_ptr are (Hq, Tq), partial sums (slots, Hkv, BLOCK_N, D) and DV; KEYS and
-    QUERIES are the tiles of the two kinds. With FUSED there are key tiles only, and dq_rows, for
-    TMA dq_desc, are a sum that they add to. The other descriptors are read with DESCRIPTORS.
+    QUERIES are the tiles of the two kinds. With VALUES key tiles are of two kinds: those of KEYS
+    sum dK, and those of VALUES, which follow them in `order`, dV. With FUSED there are key tiles
+    only, and dq_rows, for TMA dq_desc, are a sum that they add to. The other descriptors are read
+    with DESCRIPTORS.
     """
     q_rows, dout_rows = by_eights(q_rows, EIGHTS), by_eights(dout_rows, EIGHTS)
     k_rows, v_rows = by_eights(k_rows, EIGHTS), by_eights(v_rows, EIGHTS)
@@ -416,62 +399,59 @@ def backward_kernel(
     dq_rows = by_eights(dq_rows, EIGHTS)
     entry, kv_head = entry_and_head(tl.program_id(0), num_entries, heads_per_section)
     item = tl.load(order_ptr + 2 * entry)
-    if FUSED or item < num_key_items:
+    APART: tl.constexpr = VALUES is not None
+    first_query = num_key_items
+    if APART:
+        first_query += num_value_items
+    if (FUSED and not APART) or item < num_key_items:
         key_tile(
             item, kv_head, q_desc, do_desc,
             q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc,
             dk_rows, dv_rows, dk_part_ptr, dv_part_ptr, rule_ptr, key_table,
             num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
-            HEADS, KEYS, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE,
+            HEADS, KEYS, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE, True, not APART,
+        )  # fmt: skip
+    elif APART and (FUSED or item < first_query):
+        key_tile(
+            item - num_key_items, kv_head, value_q_desc, value_do_desc,
+            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc,
+            dk_rows, dv_rows, dk_part_ptr, dv_part_ptr, rule_ptr, value_table,
+            num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
+            HEADS, VALUES, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE, False, True,
         )  # fmt: skip
     else:
         head = kv_head * HEADS.group + tl.load(order_ptr + 2 * entry + 1)
         query_tile(
-            item - num_key_items, head, k_desc, v_desc,
+            item - first_query, head, k_desc, v_desc,
             q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows,
             rule_ptr, query_table,
             num_queries, num_keys, scale, softcap, window_size, HEADS, QUERIES, MODE, DESCRIPTORS,
         )  # fmt: skip
 
 
-@triton.jit
-def reduce_kernel(
-    part_ptr, grad_rows, splits_ptr, num_kv_heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial sums of one split key tile of one KV head, in the order of their slots."""
-    # A row of (n, 4) `schedule.KeyTiles.splits`.
-    split_ptr = splits_ptr + tl.program_id(0) * 4
-    kv_head = tl.program_id(1)
-    col0 = tl.load(split_ptr)
-    col1 = tl.load(split_ptr + 1)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_n = col0 + offs_n < col1
-    # [BLOCK_N, BLOCK_D]
-    acc = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    slot0 = tl.load(split_ptr + 2)
-    for i in tl.range(0, tl.load(split_ptr + 3) - slot0):
-        part = ((slot0 + i).to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N
-        acc += load_masked(part_ptrs(part_ptr, part, offs_n, offs_d, D), mask_n, offs_d, D)
-    grad_ptrs = tile_ptrs(grad_rows, col0, kv_head, offs_n, offs_d)
-    store_masked(grad_ptrs, acc, mask_n, offs_d, D)
+@dataclass(frozen=True, eq=False)
+class KeyLists:
+    """Device copies of `prefix_attn.backends.schedule.KeyTiles`: int32, shapes as there."""
+
+    items: torch.Tensor
+    rows: torch.Tensor
+    splits: torch.Tensor
+    num_slots: int
 
 
 @dataclass(frozen=True, eq=False)
 class BackwardTables:
     """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule`.
 
-    `order` is the list of `backward_order`; `key_items`, `rows` and `splits` are of `KeyTiles`, the
-    last three of `QueryTiles`, empty if fused; `rule` is that of `ForwardTables`.
+    `order` is the list of `backward_order`; `values` are the key tiles of the programs that sum dV,
+    or None if those of `keys` do; the last three are of `QueryTiles`, empty if fused; `rule` is
+    that of `ForwardTables`.
     """
 
     rule: torch.Tensor
     order: torch.Tensor
-    key_items: torch.Tensor
-    rows: torch.Tensor
-    splits: torch.Tensor
-    num_slots: int
+    keys: KeyLists
+    values: KeyLists | None
     query_items: torch.Tensor
     columns: torch.Tensor
     masked: torch.Tensor
@@ -503,7 +483,7 @@ def launch_backward(
         lse: (Hq, Tq), contiguous, of the forward pass.
         dlse: (Hq, Tq), contiguous, or None.
         sinks: (Hq,), or None.
-        tables: work lists made for `config.keys` and `config.queries`.
+        tables: work lists made for `config.keys`, `config.values` and `config.queries`.
         options: of the call.
         config: tile shapes.
         fused: programs that own keys add up dQ; `tables.order` holds no others.
@@ -540,18 +520,29 @@ def launch_backward(
     # A head's programs read its K and V, and Q and dO of its query heads.
     head_bytes = (num_keys * num_kv_heads + num_queries * num_heads) // num_kv_heads * k.itemsize
     section = config.heads_per_section(num_kv_heads, head_bytes * (heads.d + heads.dv))
-    part_shape = (tables.num_slots, num_kv_heads, config.keys.block_n)
+    apart = config.values is not None
+    of_values = tables.keys if tables.values is None else tables.values
+    values_tile = config.keys if config.values is None else config.values
     dq_sum = q.new_zeros(q.shape, dtype=acc) if fused else dq
     descriptors = config.backward_descriptors and suits_tma(heads.d, heads.dv, q.itemsize)
     # The interpreter knows no sums by descriptor.
     reduce = fused and not INTERPRETED
-    dk_part = k.new_empty(*part_shape, heads.d, dtype=acc)
-    dv_part = v.new_empty(*part_shape, heads.dv, dtype=acc)
+
+    def partial_sums(lists: KeyLists, tile: Tile, dim: int) -> torch.Tensor:
+        return k.new_empty(lists.num_slots, num_kv_heads, tile.block_n, dim, dtype=acc)
+
+    def described(x: torch.Tensor, block_rows: int) -> TensorDescriptor | torch.Tensor:
+        return tile_descriptor(x, block_rows) if descriptors else x
+
+    dk_part = partial_sums(tables.keys, config.keys, heads.d)
+    dv_part = partial_sums(of_values, values_tile, heads.dv)
     backward_kernel[(tables.order.shape[0] * num_kv_heads,)](
-        q_desc=tile_descriptor(q, config.keys.block_m) if descriptors else q,
-        do_desc=tile_descriptor(dout, config.keys.block_m) if descriptors else dout,
-        k_desc=tile_descriptor(k, config.queries.block_n) if descriptors else k,
-        v_desc=tile_descriptor(v, config.queries.block_n) if descriptors else v,
+        q_desc=described(q, config.keys.block_m),
+        do_desc=described(dout, config.keys.block_m),
+        value_q_desc=described(q, values_tile.block_m) if apart else None,
+        value_do_desc=described(dout, values_tile.block_m) if apart else None,
+        k_desc=described(k, config.queries.block_n),
+        v_desc=described(v, config.queries.block_n),
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
@@ -566,11 +557,13 @@ def launch_backward(
         dv_part_ptr=dv_part,
         rule_ptr=tables.rule,
         order_ptr=tables.order,
-        key_table=KeyTable(tables.key_items, tables.rows),
+        key_table=KeyTable(tables.keys.items, tables.keys.rows),
+        value_table=KeyTable(of_values.items, of_values.rows) if apart else None,
         query_table=QueryTable(tables.query_items, tables.columns, tables.masked),
         num_queries=num_queries,
         num_keys=num_keys,
-        num_key_items=tables.key_items.shape[0],
+        num_key_items=tables.keys.items.shape[0],
+        num_value_items=of_values.items.shape[0] if apart else None,
         num_entries=tables.order.shape[0],
         num_kv_heads=num_kv_heads,
         heads_per_section=section,
@@ -579,6 +572,7 @@ def launch_backward(
         window_size=options.window_size or 0,
         HEADS=heads,
         KEYS=config.keys,
+        VALUES=config.values,
         QUERIES=config.queries,
         MODE=mode,
         SUBSET=num_queries < num_keys,
@@ -593,20 +587,24 @@ def launch_backward(
     if fused:
         # (B9)
         torch.mul(dq_sum, options.scale, out=dq)
-    if tables.num_slots:
-        for part, grad in ((dk_part, dk), (dv_part, dv)):
-            reduce_kernel[(tables.splits.shape[0], num_kv_heads)](
-                part_ptr=part,
-                grad_rows=Rows.of(grad),
-                splits_ptr=tables.splits,
-                num_kv_heads=num_kv_heads,
-                D=grad.shape[2],
-                BLOCK_D=padded_dim(grad.shape[2]),
-                BLOCK_N=config.keys.block_n,
-                ACC=mode.acc,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+    for part, grad, lists in ((dk_part, dk, tables.keys), (dv_part, dv, of_values)):
+        if not lists.num_slots:
+            continue
+        part_n, block_d = part.shape[2], padded_dim(part.shape[3])
+        block_n = min(part_n, REDUCED_TILE // block_d)
+        reduce_kernel[(lists.splits.shape[0], num_kv_heads, part_n // block_n)](
+            part_ptr=part,
+            grad_rows=Rows.of(grad),
+            splits_ptr=lists.splits,
+            num_kv_heads=num_kv_heads,
+            D=part.shape[3],
+            BLOCK_D=block_d,
+            PART_N=part_n,
+            BLOCK_N=block_n,
+            ACC=mode.acc,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     dsinks = None
     if sinks is not None:
         # dsink = -sum_r P_sink delta, P_sink = exp(sink - LSE)                             (B10)

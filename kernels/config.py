@@ -35,8 +35,10 @@ class Config:
         forward: tile of the forward kernel.
         forward_warps: warps of the forward kernel.
         keys: tile of the backward programs that own keys (dK, dV).
+        values: tile of the backward programs that own keys and sum dV alone, if dK and dV are
+            apart: then those of `keys` sum dK alone.
         queries: tile of the backward programs that own query rows (dQ).
-        backward_warps: warps of the backward kernel, which runs both kinds.
+        backward_warps: warps of the backward kernel, which runs all kinds.
         processors: multiprocessors, for the balance of the work lists.
         l2_bytes: second-level cache, for the order in which heads are run.
         forward_descriptors: whether the forward kernel loads K and V by TMA, if `suits_tma`.
@@ -58,6 +60,7 @@ class Config:
     forward_registers: int | None = None
     fused: Tile | None = None
     softcap_window: Tile | None = None
+    values: Tile | None = None
     l2_bytes: int = 50 << 20
 
     def keys_for(self, *, fused: bool, softcap_window: bool) -> Tile:
@@ -228,14 +231,18 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
                 backward_descriptors=True,
             )
         return replace(config, fused=Tile(64, 128)) if is_hopper and descriptors else config
-    # The backward spills, but not in dK and dV's full loop; 64x64 keys spill far more.
     config = Config(Tile(128, 32, 5), 8, Tile(32, 32, 3), Tile(64, 32, 5), 8, processors)
-    if is_hopper and descriptors:
-        # With pointers 128x64 spills in the forward, and so do 64x64 queries.
+    if descriptors:
+        # With pointers 128x64 spills in the forward. 128 keys have registers for one accumulator
+        # of 256 columns: dK and dV apart compute S once more, but by the instruction of the
+        # architecture, which 32 keys are too few for. In shared memory, K and V of 128 keys leave
+        # room for two stages of 32 rows, and K alone for 64.
         return replace(
             config,
             forward=Tile(128, 64),
-            queries=Tile(64, 64),
+            keys=Tile(32, 128),
+            values=Tile(64, 128),
+            queries=Tile(128, 32),
             forward_descriptors=True,
             backward_descriptors=True,
         )

@@ -28,9 +28,16 @@ IS_OLDEST = triton.__version__.startswith("3.6.")
 # What is constant in a compiled kernel: names, and objects with names of their own.
 BOUNDED = {
     "D", "DV", "BLOCK_D", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "ACC", "NEGATIVE_SCALE", "HAS_DLSE",
-    "SINKS", "SUBSET", "DESCRIPTORS", "REDUCE", "FUSED", "EIGHTS",
+    "SINKS", "SUBSET", "DESCRIPTORS", "REDUCE", "FUSED", "EIGHTS", "PART_N",
 }  # fmt: skip
-RECORDS = {"HEADS": Heads, "TILE": Tile, "KEYS": Tile, "QUERIES": Tile, "MODE": Mode}
+RECORDS = {
+    "HEADS": Heads,
+    "TILE": Tile,
+    "KEYS": Tile,
+    "VALUES": Tile,
+    "QUERIES": Tile,
+    "MODE": Mode,
+}
 BOUNDED_FIELDS = {
     "group", "d", "dv", "block_m", "block_n", "num_stages", "causal", "window", "softcap",
     "accurate", "acc", "precision",
@@ -365,6 +372,7 @@ def test_loops_are_found_in_a_listing():
     # The wait for the barrier is no work of the loop, and no loop of its own.
     assert "SYNCS" not in masked.names
     assert sass.full_loops([full, masked]) == {"": full}
+    assert sass.full_loops([masked, full, full], {"": 2}) == {"": masked, " 2": full}
 
 
 def test_model_counts_products_shared_reads_and_issue_slots():
@@ -433,13 +441,16 @@ def test_model_charges_half_of_the_rate_for_hmma_on_hopper():
         ("forward", "forward_kernel", 192 + 128, 0),
         ("backward", "key_tile", 2 * 192 + 2 * 128, 0),
         ("backward", "query_tile", 2 * 192 + 128, 192 + 128),
+        ("apart", "key_tile", 2 * 192 + 128, 0),
+        ("apart", "key_tile 2", 192 + 128, 192),
     ],
 )
 def test_products_count_both_head_dims(kernel, function, width, repeated):
-    program = Program.from_selection(kernel, 90, "bfloat16", 192, head_dim_v=128)
+    capability, kernel = (90, "backward") if kernel == "apart" else (80, kernel)
+    program = Program.from_selection(kernel, capability, "bfloat16", 192, head_dim_v=128)
     kind = program.kind(function)
     assert (program.width(kind), program.repeated(kind)) == (width, repeated)
-    assert program.label == f"sm_90 bf16 D192/128 {kernel}"
+    assert program.label == f"sm_{capability} bf16 D192/128 {kernel}"
 
 
 def test_every_loop_of_the_budget_is_of_a_kind_that_the_kernels_name():
@@ -485,7 +496,7 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
         else:
             ends = ("_ptr", "_desc", "_rows", "_table")
             assert name.endswith(ends) or name.startswith(RUNTIME)
-        if name in ("num_queries", "num_keys", "num_key_items", "window_size"):
+        if name in ("num_queries", "num_keys", "num_key_items", "num_value_items", "window_size"):
             assert parameter.do_not_specialize
 
 
@@ -493,8 +504,7 @@ def test_lengths_strides_and_scale_do_not_recompile(kernel):
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_blocks_are_powers_of_two(arch, head_dim):
     config = Program.from_selection("backward", arch, "bfloat16", head_dim).config
-    tiles = (config.forward, config.keys, config.queries, config.fused, config.softcap_window)
-    for tile in filter(None, tiles):
+    for tile in (x for x in vars(config).values() if isinstance(x, Tile)):
         assert tile.block_m.bit_count() == tile.block_n.bit_count() == 1
 
 

@@ -187,6 +187,25 @@ def test_balanced_key_tiles_look_for_pairs_once(monkeypatch):
     assert found == [1]
 
 
+@pytest.mark.parametrize(("fused", "products"), [(False, (3, 2, 3)), (True, (4, 2))])
+def test_order_of_the_backward_weighs_each_kind_by_its_products(fused, products):
+    tree, _ = _forest([40, 9, 70, 17, 3], [-1, 0, 0, 0, 0], {})
+    keys, values = (KeyTiles.from_forest(tree, m, 8) for m in (4, 16))
+    queries = QueryTiles.from_forest(tree, 8, 4)
+    order, costs = backward_order(
+        keys, None if fused else queries, 4 * 8, 8 * 4, 3, values=values, value_area=16 * 8
+    )
+    assert (np.diff(costs) <= 0).all()
+    kinds = [(keys, 32, 3), (values, 128, 3), (queries, 32, 1)]
+    first = 0
+    for (tiles, area, heads), count in zip(kinds, products, strict=fused is False):
+        mine = (order[:, 0] >= first) & (order[:, 0] < first + len(tiles.items))
+        expected = tiles.costs[order[mine, 0] - first] * area * heads * count
+        assert np.allclose(costs[mine], expected)
+        first += len(tiles.items)
+    assert order[:, 0].max() == first - 1
+
+
 def test_tables_grow_linearly_with_tokens():
     sizes = []
     for groups in (4, 8, 16):

@@ -60,25 +60,46 @@ def test_tables_hold_the_schedules(window_size, fused):
     backward = made.backward
     order, _ = schedule.backward_order(keys, queries, 16 * 32, 32 * 16, 2)
     assert np.array_equal(backward.order, order[order[:, 0] < len(keys.items)] if fused else order)
+    for name, expected in (("items", keys.items), ("rows", keys.queries), ("splits", keys.splits)):
+        assert np.array_equal(getattr(backward.keys, name), expected), name
+    assert backward.keys.num_slots == keys.num_slots > 0
+    assert backward.values is None
     for name, expected in (
-        ("key_items", keys.items),
-        ("rows", keys.queries),
-        ("splits", keys.splits),
         # Where key tiles add up dQ, no query tile is launched.
         ("query_items", queries.items[: 0 if fused else None]),
         ("columns", queries.columns[: 0 if fused else None]),
         ("masked", queries.masked[: 0 if fused else None]),
     ):
         assert np.array_equal(getattr(backward, name), expected), name
-    assert backward.num_slots == keys.num_slots > 0
     assert backward.rule is made.forward.rule
     assert made.forward.rule[0].equal(layout.subtree_end)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["deterministic", "any order"])
+def test_tables_list_key_tiles_of_dv_apart(fused):
+    config = replace(INTERPRETER, values=Tile(16, 16))
+    layout, made = built(WANTED._replace(config=config, fused=fused))
+    forest = content_of(layout.segments).forest(None, True)
+    share = {"heads": 2, "group": 2, "processors": 4}
+    keys = schedule.balanced_key_tiles(forest, 16, 32, **share)
+    values = schedule.balanced_key_tiles(forest, 16, 16, **share)
+    assert made.backward.values is not None
+    for kept, expected in ((made.backward.keys, keys), (made.backward.values, values)):
+        assert np.array_equal(kept.items, expected.items)
+        assert np.array_equal(kept.splits, expected.splits)
+        assert kept.num_slots == expected.num_slots > 0
+    order, found = made.backward.order.numpy(), len(keys.items) + len(values.items)
+    every = found + 2 * len(made.backward.query_items)
+    assert len(np.unique(order, axis=0)) == len(order) == every
+    assert sorted(order[order[:, 0] < found, 0]) == list(range(found))
+    assert (every == found) == fused
 
 
 def test_tables_of_both_passes_are_one_copy_in_aligned_places(monkeypatch):
     copies = count_copies(monkeypatch)
     _, made = built(WANTED._replace(kv_heads=4))
-    lists = [made.forward.items, made.forward.columns, made.backward.order, made.backward.splits]
+    lists = [made.forward.items, made.forward.columns, made.backward.order]
+    lists.append(made.backward.keys.splits)
     assert len(copies) == 1
     assert len({x.untyped_storage().data_ptr() for x in lists}) == 1
     assert [x.storage_offset() % ALIGNMENT for x in lists] == [0, 0, 0, 0]

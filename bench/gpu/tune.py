@@ -99,20 +99,29 @@ def candidates(
         shapes = ((64, 32), (64, 64), (128, 32), (128, 64))
         queries = [Tile(m, n, s) for m, n in shapes for s in (2, 3, 5)]
         loads = (False, True) if descriptors else (False,)
-        for key, query, warps, by_descriptor in product(keys, queries, (4, 8), loads):
-            config = replace(present, keys=key, queries=query, backward_warps=warps)
+        # dK and dV together or, where they are apart now, apart.
+        values = {None: None, present.values: None}
+        for key, value, query, warps, by_descriptor in product(
+            keys, values, queries, (4, 8), loads
+        ):
+            config = replace(present, keys=key, values=value, queries=query, backward_warps=warps)
             found.append(replace(config, backward_descriptors=by_descriptor))
 
-    def numbers(config: Config) -> list[object]:
-        values = [getattr(config, name) for name in tuning.TUNED[tuned]]
-        tiles = [astuple(x) if isinstance(x, Tile) else (x or 0,) for x in values]
-        return [number for tile in tiles for number in tile]
-
     def changes(config: Config) -> int:
-        return sum(a != b for a, b in zip(numbers(config), numbers(present), strict=True))
+        return sum(
+            _differences(getattr(config, name), getattr(present, name))
+            for name in tuning.TUNED[tuned]
+        )
 
     others = sorted((x for x in found if x != present), key=changes)
     return [present, *others]
+
+
+def _differences(a: object, b: object) -> int:
+    """Numbers in which two values of a configuration differ."""
+    if isinstance(a, Tile) and isinstance(b, Tile):
+        return sum(x != y for x, y in zip(astuple(a), astuple(b), strict=True))
+    return int(a != b)
 
 
 def label(tuned: str, config: Config) -> str:

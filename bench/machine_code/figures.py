@@ -256,7 +256,7 @@ def read_figures(
     instructions, labels = sass.parse(listing)
     names = Counter(x.name for x in instructions)
     found = sass.loops(instructions, labels) if program.has_loop else []
-    full, masked = sass.full_loops(found), sass.masked_loops(found)
+    full, masked = (loops(found, program.calls) for loops in (sass.full_loops, sass.masked_loops))
     return Figures(
         registers=number(r"Used (\d+) registers"),
         spill_stores=number(r"(\d+) bytes spill stores"),

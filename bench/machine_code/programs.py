@@ -33,15 +33,24 @@ PROCESSORS = 132
 
 
 class LoopKind(Enum):
-    """The kinds of loops that multiply matrices, by the source function that holds them."""
+    """The kinds of loops that multiply matrices, by the source function that holds them.
+
+    Where dK and dV are summed apart, `key_tile` is called twice, for dK first.
+    """
 
     FORWARD = "forward_kernel"
     KEYS = "key_tile"
+    VALUES = "key_tile 2"
     QUERIES = "query_tile"
 
 
 # Matrix products per tile that are as long or wide as D, and as DV.
-PRODUCTS = {LoopKind.FORWARD: (1, 1), LoopKind.KEYS: (2, 2), LoopKind.QUERIES: (2, 1)}
+PRODUCTS = {
+    LoopKind.FORWARD: (1, 1),
+    LoopKind.KEYS: (2, 2),
+    LoopKind.VALUES: (1, 1),
+    LoopKind.QUERIES: (2, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -114,12 +123,19 @@ class Program:
 
     @property
     def shape(self) -> str:
-        """Tiles, warps and stages; for the backward those of dK and dV, then those of dQ."""
+        """Tiles, warps and stages; for the backward those of dK and dV, then those of dQ.
+
+        Where dK and dV are summed apart, each has a tile.
+        """
         tiles = {
             "forward": (self.config.forward,),
-            "backward": (self.keys,) if self.is_fused else (self.keys, self.config.queries),
+            "backward": (
+                self.keys,
+                self.config.values,
+                None if self.is_fused else self.config.queries,
+            ),
         }.get(self.kernel, ())
-        return " ".join([" + ".join(map(str, tiles)), f"w{self.warps}"]).strip()
+        return " ".join([" + ".join(str(x) for x in tiles if x), f"w{self.warps}"]).strip()
 
     def kind(self, function: str) -> LoopKind:
         """The kind of the loops of a source function; the forward has one kind.
@@ -129,20 +145,34 @@ class Program:
         """
         return LoopKind.FORWARD if self.kernel == "forward" else LoopKind(function)
 
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often source functions are called, if more than once."""
+        return {} if self.config.values is None else {LoopKind.KEYS.value: 2}
+
     def area(self, kind: LoopKind) -> int:
         """Scores in a tile."""
-        tiles = {LoopKind.FORWARD: self.config.forward, LoopKind.QUERIES: self.config.queries}
-        return tiles.get(kind, self.keys).area
+        tile = {
+            LoopKind.FORWARD: self.config.forward,
+            LoopKind.KEYS: self.keys,
+            LoopKind.VALUES: self.config.values,
+            LoopKind.QUERIES: self.config.queries,
+        }[kind]
+        assert tile is not None
+        return tile.area
 
     def width(self, kind: LoopKind, *, padded: bool = False) -> int:
         """Multiply-adds per score."""
         d, dv = (1 << (x - 1).bit_length() if padded else x for x in self.dims)
         with_d, with_dv = PRODUCTS[kind]
-        return (with_d + (self.is_fused and kind is LoopKind.KEYS)) * d + with_dv * dv
+        if kind is LoopKind.KEYS:
+            with_d += self.is_fused
+            with_dv -= self.config.values is not None
+        return with_d * d + with_dv * dv
 
     def repeated(self, kind: LoopKind) -> int:
-        """The part of `width` that programs of the other kind compute as well: S and dP."""
-        return sum(self.dims) if kind is LoopKind.QUERIES else 0
+        """The part of `width` that programs of dK compute as well: S, and dP in those of dQ."""
+        return {LoopKind.QUERIES: sum(self.dims), LoopKind.VALUES: self.head_dim}.get(kind, 0)
 
     @property
     def is_amd(self) -> bool:

@@ -200,22 +200,41 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
     return computing or [loop for loop in found if loop.names["FFMA"] >= MIN_MULTIPLY_ADDS]
 
 
-def full_loops(found: list[Loop]) -> dict[str, Loop]:
-    """The loop over full tiles of each source function: the one with the fewest selections."""
-    by_function: dict[str, list[Loop]] = defaultdict(list)
-    for loop in found:
-        by_function[loop.function].append(loop)
+def full_loops(found: list[Loop], calls: dict[str, int] | None = None) -> dict[str, Loop]:
+    """The loop over full tiles of each call of a source function: that with the fewest selections.
+
+    Args:
+        found: in the order of their addresses.
+        calls: how often functions are called, if more than once. Their code follows the order of
+            the calls, and their loops are named `key_tile`, `key_tile 2`.
+    """
     return {
-        function: min(group, key=lambda loop: (loop.selects, len(loop.instructions)))
-        for function, group in by_function.items()
+        name: min(of_call, key=lambda loop: (loop.selects, len(loop.instructions)))
+        for name, of_call in _by_call(found, calls or {}).items()
     }
 
 
-def masked_loops(found: list[Loop]) -> dict[str, Loop]:
-    """The loop over masked tiles of each source function: the one with the most selections."""
-    full = full_loops(found)
-    others = [loop for loop in found if loop is not full[loop.function]]
-    return {x.function: x for x in sorted(others, key=lambda x: x.selects)}
+def masked_loops(found: list[Loop], calls: dict[str, int] | None = None) -> dict[str, Loop]:
+    """The loop over masked tiles of each call, where it has one: that with the most selections."""
+    full = full_loops(found, calls)
+    return {
+        name: max((x for x in of_call if x is not full[name]), key=lambda loop: loop.selects)
+        for name, of_call in _by_call(found, calls or {}).items()
+        if len(of_call) > 1
+    }
+
+
+def _by_call(found: list[Loop], calls: dict[str, int]) -> dict[str, list[Loop]]:
+    by_function: dict[str, list[Loop]] = defaultdict(list)
+    for loop in found:
+        by_function[loop.function].append(loop)
+    by_call = {}
+    for function, loops in by_function.items():
+        count = calls.get(function, 1)
+        for i in range(count):
+            name = f"{function} {i + 1}" if i else function
+            by_call[name] = loops[i * len(loops) // count : (i + 1) * len(loops) // count]
+    return by_call
 
 
 def model(

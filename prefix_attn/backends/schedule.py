@@ -30,9 +30,11 @@ ITEM_COST = 2.0
 # Columns of the items of query tiles, and of key tiles.
 ROW0, ROW1, QUERY0, LIST0, NUM_LISTED, OWN0, NUM_OWN, MASKED0, NUM_MASKED = range(9)
 COL0, COL1, FULL0, NUM_FULL, BEFORE0, NUM_BEFORE, AFTER0, NUM_AFTER, SLOT = range(9)
-# Matrix products per tile of the backward pass: S, dP, dV, dK in a key tile; S, dP, dQ in a query
-# tile.
+# Matrix products per tile of the backward pass: S, dP, dV, dK in a key tile, or S, dP, dK in one
+# kind of them and S, dV in another; S, dP, dQ in a query tile. Key tiles may add up dQ, too.
 KEY_PRODUCTS = 4
+DK_PRODUCTS = 3
+DV_PRODUCTS = 2
 QUERY_PRODUCTS = 3
 # A key tile is cut into chunks of at most 1 / CHUNKS_PER_PROCESSOR of a processor's fair share.
 CHUNKS_PER_PROCESSOR = 8
@@ -534,31 +536,42 @@ def balanced_key_tiles(
 
 
 def backward_order(
-    keys: KeyTiles, queries: QueryTiles, key_area: int, query_area: int, group: int
+    keys: KeyTiles,
+    queries: QueryTiles | None,
+    key_area: int,
+    query_area: int,
+    group: int,
+    *,
+    values: KeyTiles | None = None,
+    value_area: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merges key tiles and query tiles into one work list for one launch.
 
     Args:
         keys: key tiles; a program serves all query heads of its KV head.
-        queries: query tiles; a program serves one query head.
+        queries: query tiles; a program serves one query head. None if key tiles add up dQ.
         key_area: block_m * block_n of the key tiles.
         query_area: block_m * block_n of the query tiles.
         group: query heads per KV head.
+        values: key tiles of the programs that sum dV, if those of `keys` sum dK alone.
+        value_area: block_m * block_n of these.
 
     Returns:
-        (n, 2) int32, longest first: item and query head within the group; items from
-        `len(keys.items)` on are query tiles. And their (n,) costs.
+        (n, 2) int32, longest first: item and query head within the group. Items are numbered in
+        this order: key tiles, those of values, query tiles. And their (n,) costs.
     """
-    num_keys, num_queries = len(keys.items), len(queries.items)
-    item = np.concatenate(
-        [np.arange(num_keys), num_keys + np.repeat(np.arange(num_queries), group)]
-    )
-    head = np.concatenate([np.zeros(num_keys), np.tile(np.arange(group), num_queries)])
-    costs = np.concatenate(
-        [
-            keys.costs * group * key_area * KEY_PRODUCTS,
-            np.repeat(queries.costs, group) * query_area * QUERY_PRODUCTS,
-        ]
-    )
-    order = np.argsort(-costs, kind="stable")
-    return np.stack([item, head], axis=1)[order].astype(np.int32), costs[order]
+    products = (KEY_PRODUCTS if values is None else DK_PRODUCTS) + (queries is None)
+    costs = [keys.costs * group * key_area * products]
+    if values is not None:
+        costs.append(values.costs * group * value_area * DV_PRODUCTS)
+    num_keys = sum(map(len, costs))
+    items, heads = [np.arange(num_keys)], [np.zeros(num_keys)]
+    if queries is not None:
+        costs.append(np.repeat(queries.costs, group) * query_area * QUERY_PRODUCTS)
+        num_queries = len(queries.items)
+        items.append(num_keys + np.repeat(np.arange(num_queries), group))
+        heads.append(np.tile(np.arange(group), num_queries))
+    pairs = np.stack([np.concatenate(items), np.concatenate(heads)], axis=1)
+    cost = np.concatenate(costs)
+    order = np.argsort(-cost, kind="stable")
+    return pairs[order].astype(np.int32), cost[order]

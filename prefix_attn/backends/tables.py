@@ -16,7 +16,7 @@ from torch import Tensor
 from prefix_attn.backends import schedule
 from prefix_attn.content import Content
 from prefix_attn.forest import Forest
-from prefix_attn.kernels.backward import BackwardTables
+from prefix_attn.kernels.backward import BackwardTables, KeyLists
 from prefix_attn.kernels.config import Config, Tile
 from prefix_attn.kernels.forward import ForwardTables
 
@@ -46,6 +46,21 @@ class Wanted(NamedTuple):
     fused: bool
 
 
+class _BackwardArrays(NamedTuple):
+    """What the tables of a backward pass are made of, and the partial sums in them.
+
+    Attributes:
+        arrays: the order, the lists of key tiles, those of values if dV is summed apart, and those
+            of query tiles.
+        key_slots: partial sums of dK, and of dV if that is not apart.
+        value_slots: those of dV if it is.
+    """
+
+    arrays: list[np.ndarray]
+    key_slots: int = 0
+    value_slots: int | None = None
+
+
 class Tables:
     """The tables of one layout for one kind of call.
 
@@ -60,18 +75,18 @@ class Tables:
         forest = content.forest(wanted.window_size, wanted.prefix_causal)
         work = self._query_tiles(wanted.config.forward)
         forward = [_rule(forest), work.items, work.columns, work.masked]
-        backward, num_slots = self._backward_arrays(work) if with_backward else ([], 0)
-        copies = self._upload([*forward, *backward])
+        backward = self._backward_arrays(work) if with_backward else _BackwardArrays([])
+        copies = self._upload([*forward, *backward.arrays])
         self.forward = ForwardTables(*copies[:4])
-        self._backward = self._as_backward(copies[4:], num_slots) if with_backward else None
+        self._backward = self._as_backward(copies[4:], backward) if with_backward else None
 
     @property
     def backward(self) -> BackwardTables:
         """Those of the backward pass, built now if they were not needed before."""
         if self._backward is None:
             _refuse_capture(self._wanted.device)
-            arrays, num_slots = self._backward_arrays()
-            self._backward = self._as_backward(self._upload(arrays), num_slots)
+            made = self._backward_arrays()
+            self._backward = self._as_backward(self._upload(made.arrays), made)
         return self._backward
 
     def use(self) -> None:
@@ -90,47 +105,55 @@ class Tables:
         forest = self._content.forest(self._wanted.window_size, self._wanted.prefix_causal)
         return schedule.QueryTiles.from_forest(forest, tile.block_m, tile.block_n)
 
-    def _backward_arrays(
-        self, forward: schedule.QueryTiles | None = None
-    ) -> tuple[list[np.ndarray], int]:
+    def _backward_arrays(self, forward: schedule.QueryTiles | None = None) -> _BackwardArrays:
         """Takes the query tiles of the forward pass, which are those of dQ where sizes agree."""
+        config = self._wanted.config
+        keys = self._key_tiles(config.keys)
+        values = None if config.values is None else self._key_tiles(config.values)
+        queries: schedule.QueryTiles | None = None
+        if not self._wanted.fused:
+            sizes = [(x.block_m, x.block_n) for x in (config.forward, config.queries)]
+            reused = forward is not None and sizes[0] == sizes[1]
+            queries = forward if reused else self._query_tiles(config.queries)
+        order, _ = schedule.backward_order(
+            keys,
+            queries,
+            config.keys.area,
+            config.queries.area,
+            self._wanted.group,
+            values=values,
+            value_area=0 if config.values is None else config.values.area,
+        )
+        arrays, slots = [order], []
+        for tiles in (keys, values):
+            if tiles is not None:
+                arrays += [tiles.items, tiles.queries, tiles.splits]
+                slots.append(tiles.num_slots)
+        if queries is None:
+            arrays += [np.empty((0, 9)), np.empty(0), np.empty((0, 2))]
+        else:
+            arrays += [queries.items, queries.columns, queries.masked]
+        return _BackwardArrays(arrays, *slots)
+
+    def _key_tiles(self, tile: Tile) -> schedule.KeyTiles:
         wanted = self._wanted
-        forest = self._content.forest(wanted.window_size, wanted.prefix_causal)
-        config = wanted.config
-        keys = schedule.balanced_key_tiles(
-            forest,
-            config.keys.block_m,
-            config.keys.block_n,
+        return schedule.balanced_key_tiles(
+            self._content.forest(wanted.window_size, wanted.prefix_causal),
+            tile.block_m,
+            tile.block_n,
             heads=wanted.kv_heads,
             group=wanted.group,
-            processors=config.processors,
+            processors=wanted.config.processors,
         )
-        arrays = [keys.items, keys.queries, keys.splits]
-        if wanted.fused:  # key tiles alone are launched, and are the longest first already
-            count = len(keys.items)
-            order = np.stack([np.arange(count), np.zeros(count)], axis=1)
-            none = (np.empty((0, 9)), np.empty(0), np.empty((0, 2)))
-            return [order, *arrays, *none], keys.num_slots
-        sizes = [(x.block_m, x.block_n) for x in (config.forward, config.queries)]
-        if forward is None or sizes[0] != sizes[1]:
-            queries = self._query_tiles(config.queries)
-        else:
-            queries = forward
-        order, _ = schedule.backward_order(
-            keys, queries, config.keys.area, config.queries.area, wanted.group
-        )
-        of_queries = [queries.items, queries.columns, queries.masked]
-        return [order, *arrays, *of_queries], keys.num_slots
 
-    def _as_backward(self, copies: Sequence[Tensor], num_slots: int) -> BackwardTables:
-        order, key_items, rows, splits, query_items, columns, masked = copies
+    def _as_backward(self, copies: Sequence[Tensor], made: _BackwardArrays) -> BackwardTables:
+        order, *of_keys, query_items, columns, masked = copies
+        apart = made.value_slots is not None
         return BackwardTables(
             rule=self.forward.rule,
             order=order,
-            key_items=key_items,
-            rows=rows,
-            splits=splits,
-            num_slots=num_slots,
+            keys=KeyLists(*of_keys[:3], made.key_slots),
+            values=KeyLists(*of_keys[3:], made.value_slots) if apart else None,
             query_items=query_items,
             columns=columns,
             masked=masked,

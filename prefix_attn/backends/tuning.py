@@ -19,7 +19,7 @@ VARIABLE = "PREFIX_ATTN_TILES"
 # What a sweep of each kernel decides.
 TUNED = {
     "forward": ("forward", "forward_warps", "forward_descriptors", "forward_registers"),
-    "backward": ("keys", "queries", "backward_warps", "backward_descriptors"),
+    "backward": ("keys", "values", "queries", "backward_warps", "backward_descriptors"),
     "fused backward": ("fused",),
 }
 
@@ -65,7 +65,7 @@ def _value(name: str, value: Any) -> Any:
             if type(number) is not int or number < 1:
                 raise ValueError(f"{name}.{size.name} must be a positive integer, got {number!r}")
         return sizes
-    if value is None and name == "forward_registers":
+    if value is None and name in ("forward_registers", "values"):
         return value
     if type(value) not in (int, bool):
         raise ValueError(f"{name} must be an integer or a tile, got {value!r}")

@@ -15,6 +15,7 @@ from triton.runtime.interpreter import TensorDescHandle
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends import triton as triton_backend
+from prefix_attn.kernels import backward
 from prefix_attn.kernels.config import INTERPRETER, Tile
 from prefix_attn.testing import (
     Inputs,
@@ -193,19 +194,35 @@ def test_triton_adds_up_dq_either_way_round(block_m, monkeypatch):
 
 
 def test_split_layout_really_splits(monkeypatch):
-    from prefix_attn.kernels import backward
-
     slots = []
     launch = backward.launch_backward
 
     def recorded(*arguments, **named):
-        slots.append(next(x for x in arguments if isinstance(x, backward.BackwardTables)).num_slots)
+        slots.append(
+            next(x for x in arguments if isinstance(x, backward.BackwardTables)).keys.num_slots
+        )
         return launch(*arguments, **named)
 
     monkeypatch.setattr(triton_backend, "launch_backward", recorded)
     _check(SPLIT, 4, 1, 16, 16, torch.float32)
     assert slots
     assert slots[0] > 2
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "deterministic"), [(True, True), (False, False)], ids=["TMA", "any order"]
+)
+def test_triton_sums_dk_and_dv_apart(descriptors, deterministic, monkeypatch, guard):
+    """Both have partial sums here, which are added in several blocks of keys."""
+    layout = PrefixLayout.from_lengths([20], [[30, 35]])
+    apart = replace(INTERPRETER, values=Tile(16, 16), backward_descriptors=descriptors)
+    monkeypatch.setattr(triton_backend, "config_for", lambda q, v: apart)
+    monkeypatch.setattr(triton_backend, "_any_order", lambda options: not deterministic)
+    monkeypatch.setattr(backward, "REDUCED_TILE", 8 * 16)
+    inputs = Inputs.random(layout, (4, 1), (16, 24), torch.float64)
+    results = attention_results(_on_triton(layout), inputs)
+    assert guard.launches == 5  # the forward pass, delta, the backward and two sums
+    assert_all(compare_attention(layout, inputs, results))
 
 
 def test_triton_takes_one_forward_and_three_backward_launches(guard):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from triton.runtime import interpreter
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.kernels import backward
+from prefix_attn.kernels.config import INTERPRETER, Tile
 from prefix_attn.kernels.primitives import dot_precision
 from prefix_attn.testing import Inputs, attention_results, check_attention, forests
 
@@ -82,6 +84,14 @@ def _check(layout: PrefixLayout, options: dict[str, Any], dtype: torch.dtype) ->
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_triton_option_matches_float64(layout, options):
     _check(layout, options, torch.float64)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_triton_option_matches_float64_with_dk_and_dv_apart(options, monkeypatch):
+    """Tiles of dK, of dV and of rows differ in size, so that each needs a list of its own."""
+    apart = replace(INTERPRETER, keys=Tile(16, 32), fused=Tile(16, 32), values=Tile(32, 16))
+    monkeypatch.setattr(triton_backend, "config_for", lambda q, v: apart)
+    _check(LAYOUTS["inner"], options, torch.float64)
 
 
 @pytest.mark.parametrize("layout", [GROUPS, LAYOUTS["inner"]], ids=["groups", "inner"])
