@@ -6,6 +6,7 @@ it has fields; a constant object is none. The columns of work lists are those of
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,27 +87,50 @@ class KeyRule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Query heads per KV head and head dimensions; tiles are `block_d` and `block_dv` wide."""
+class Columns:
+    """The columns of a head, and the widths of the tiles that cover them.
 
-    group: int
-    d: int
-    dv: int
+    Tiles are powers of two wide. So a head is covered by one tile with padding, or by two of
+    different widths, side by side, such as 128 and 64 for 192 columns.
+    """
+
+    size: int
+    widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> "Heads":
-        """The heads of a call."""
-        return cls(q.shape[1] // k.shape[1], q.shape[2], v.shape[2])
+    @lru_cache
+    def of(cls, size: int, *, in_two: bool) -> "Columns":
+        """Covers a head of so many columns, `in_two` where two tiles have less padding than one."""
+        whole = padded_dim(size)
+        first = whole // 2
+        rest = padded_dim(size - first) if size > first else whole
+        return cls(size, (first, rest) if in_two and first + rest < whole else (whole,))
 
     @property
-    def block_d(self) -> int:
-        """Columns of a tile of Q or K."""
-        return padded_dim(self.d)
+    def starts(self) -> tuple[int, ...]:
+        """The first column of each tile."""
+        return (0, *self.widths)[: len(self.widths)]
 
     @property
-    def block_dv(self) -> int:
-        """Columns of a tile of V or O."""
-        return padded_dim(self.dv)
+    def padded(self) -> tuple[bool, ...]:
+        """Whether each tile has columns behind the end of the head."""
+        ends = (start + width for start, width in zip(self.starts, self.widths, strict=True))
+        return tuple(end > self.size for end in ends)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads per KV head; the columns of Q and K, and those of V and O."""
+
+    group: int
+    qk: Columns
+    vo: Columns
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, in_two: bool) -> "Heads":
+        """The heads of a call; `in_two` as in `Columns.of`."""
+        qk, vo = (Columns.of(x.shape[2], in_two=in_two) for x in (q, v))
+        return cls(q.shape[1] // k.shape[1], qk, vo)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prefix_attn.kernels.arguments import (
     QUERY_ROW,
+    Columns,
     Heads,
     KeyTable,
     QueryTable,
@@ -37,7 +37,6 @@ from prefix_attn.kernels.arguments import (
     key_item,
     key_rule,
     masked_column,
-    padded_dim,
     query_item,
     row_floor,
     rule_row,
@@ -48,23 +47,27 @@ from prefix_attn.kernels.primitives import (
     INTERPRETED,
     LOG2E,
     accumulator,
+    add_dot,
     by_eights,
+    descriptors_of,
+    dot_transposed,
     entry_and_head,
-    load_masked,
+    load_rows,
     load_tile,
     mode_of,
+    piece_ptrs,
     scalar_argument,
-    store_masked,
+    scaled,
+    store_rows,
     suits_eights,
     tanh,
-    tile_descriptor,
-    tile_ptrs,
+    zero_tiles,
 )
 from prefix_attn.kernels.sums import (
     DELTA_BLOCK_M,
     REDUCED_TILE,
     delta_kernel,
-    part_ptrs,
+    part_rows,
     reduce_kernel,
 )
 
@@ -93,9 +96,9 @@ def key_step(
     Scores are [BLOCK_N, BLOCK_M].
     """
     # S^T = K Q^T,  dP^T = V dO^T                                                        (B2)
-    s = tl.dot(k, tl.trans(q), input_precision=MODE.precision, out_dtype=dk.dtype)
+    s = dot_transposed(k, q, MODE)
     if WITH_DK:
-        dp = tl.dot(v, tl.trans(do), input_precision=MODE.precision, out_dtype=dk.dtype)
+        dp = dot_transposed(v, do, MODE)
     # P = 2^(S - LSE); a forbidden exponent makes P, and with it dS, zero                (B3)
     exponent, slope = exponent_of(s, lse_log2[None, :], scale, softcap, MODE)
     if MASKED:
@@ -105,7 +108,7 @@ def key_step(
     if WITH_DV:
         # dV += P^T dO                                                                   (B4)
         # [BLOCK_N, BLOCK_DV]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.precision, out_dtype=dv.dtype)
+        dv = add_dot(dv, p.to(do[0].dtype), do, MODE)
     if WITH_DK:
         # dS = P (dP - delta)                                                            (B5)
         # Loaded as late as this, delta takes no registers while S and dP are there.
@@ -115,36 +118,39 @@ def key_step(
             ds = ds * slope
         # dK += dS^T Q                                                                   (B6)
         # [BLOCK_N, BLOCK_D]
-        ds = ds.to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=MODE.precision, out_dtype=dk.dtype)
+        ds = ds.to(q[0].dtype)
+        dk = add_dot(dk, ds, q, MODE)
     return dk, dv, ds
 
 
 @triton.jit
 def add_to_queries(
-    ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d,
-    D: tl.constexpr, REDUCE: tl.constexpr, MODE: tl.constexpr,
+    ds, k, dq_rows, dq_descs, row, head, mask_m, offs_m,
+    COLUMNS: tl.constexpr, REDUCE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of one row tile to a sum (Tq, Hq, D) of dQ, without the scale, in any order."""
-    # dQ += dS K                                                                         (B8)
-    # [BLOCK_M, BLOCK_D]
-    if ds.shape[1] < 64:
-        # Hopper's instruction takes 64 rows at least, which dQ^T has.
-        dq = tl.dot(tl.trans(k), ds, input_precision=MODE.precision, out_dtype=MODE.acc)
-        dq = tl.trans(dq)
-    else:
-        dq = tl.dot(tl.trans(ds), k, input_precision=MODE.precision, out_dtype=MODE.acc)
-    if REDUCE:
-        dq_desc.atomic_add([row, head, 0], tl.reshape(dq, [dq.shape[0], 1, dq.shape[1]]))
-    else:
-        dq_ptrs = tile_ptrs(dq_rows, row, head, offs_m, offs_d)
-        tl.atomic_add(dq_ptrs, dq, mask=mask_m[:, None] & (offs_d < D)[None, :], sem="relaxed")
+    for i in tl.static_range(len(COLUMNS.widths)):
+        # dQ += dS K                                                                     (B8)
+        # [BLOCK_M, BLOCK_D]
+        if ds.shape[1] < 64:
+            # Hopper's instruction takes 64 rows at least, which dQ^T has.
+            dq = tl.dot(tl.trans(k[i]), ds, input_precision=MODE.precision, out_dtype=MODE.acc)
+            dq = tl.trans(dq)
+        else:
+            dq = tl.dot(tl.trans(ds), k[i], input_precision=MODE.precision, out_dtype=MODE.acc)
+        if REDUCE:
+            flat = tl.reshape(dq, [dq.shape[0], 1, dq.shape[1]])
+            dq_descs[i].atomic_add([row, head, COLUMNS.starts[i]], flat)
+        else:
+            dq_ptrs, offs_d = piece_ptrs(dq_rows, row, head, offs_m, COLUMNS, i)
+            mask = mask_m[:, None] & (offs_d < COLUMNS.size)[None, :]
+            tl.atomic_add(dq_ptrs, dq, mask=mask, sem="relaxed")
 
 
 @triton.jit
 def key_tile(
-    entry, kv_head, q_desc, do_desc,
-    q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
+    entry, kv_head, q_descs, do_descs,
+    q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_descs, dk_rows, dv_rows,
     dk_part_ptr, dv_part_ptr, rule_ptr, key_table,
     num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
@@ -154,28 +160,24 @@ def key_tile(
     """dK, dV or both of keys [col0, col1) of one KV head, or a partial sum of them."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    BLOCK_D: tl.constexpr = HEADS.block_d
-    BLOCK_DV: tl.constexpr = HEADS.block_dv
+    QK: tl.constexpr = HEADS.qk
+    VO: tl.constexpr = HEADS.vo
     ACC: tl.constexpr = MODE.acc
     MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
     item = key_item(key_table, entry)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     # [BLOCK_N]
     cols = item.col0 + offs_n
     mask_n = cols < item.col1
     scale = tl.full([], scale, ACC)
 
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-    k_ptrs = tile_ptrs(k_rows, item.col0, kv_head, offs_n, offs_d)
-    v_ptrs = tile_ptrs(v_rows, item.col0, kv_head, offs_n, offs_dv)
-    k = load_masked(k_ptrs, mask_n, offs_d, HEADS.d)
-    v = load_masked(v_ptrs, mask_n, offs_dv, HEADS.dv)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    k = load_rows(k_rows, item.col0, kv_head, mask_n, offs_n, QK)
+    v = load_rows(v_rows, item.col0, kv_head, mask_n, offs_n, VO)
+    dk = zero_tiles(BLOCK_N, QK, ACC)
+    dv = zero_tiles(BLOCK_N, VO, ACC)
 
     # Index and head are carried: a division would stand between the products.
     head = kv_head * HEADS.group
@@ -184,12 +186,8 @@ def key_tile(
         row = tl.load(key_table.rows + item.full0 + i) if MODE.window else item.full0 + i * BLOCK_M
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
         mask_m = offs_m < BLOCK_M
-        q = load_tile(
-            q_rows, q_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, False, DESCRIPTORS
-        )
-        do = load_tile(
-            dout_rows, do_desc, row, head, mask_m, offs_m, offs_dv, HEADS.dv, False, DESCRIPTORS
-        )
+        q = load_tile(q_rows, q_descs, row, head, mask_m, offs_m, QK, False, DESCRIPTORS)
+        do = load_tile(dout_rows, do_descs, row, head, mask_m, offs_m, VO, False, DESCRIPTORS)
         # [BLOCK_M]
         flat = head.to(tl.int64) * num_queries + row
         lse_log2 = tl.load(lse_log2_ptr + flat + offs_m)
@@ -198,9 +196,7 @@ def key_tile(
             mask_m, None, None, None, False, MODE, WITH_DK, WITH_DV,
         )  # fmt: skip
         if FUSED and WITH_DK:
-            add_to_queries(
-                ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
-            )
+            add_to_queries(ds, k, dq_rows, dq_descs, row, head, mask_m, offs_m, QK, REDUCE, MODE)
         head, i = next_row_tile(head, i, item.num_full)
 
     keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
@@ -223,10 +219,8 @@ def key_tile(
             rows = tl.load(rule_row(rule_ptr, num_keys, QUERY_ROW) + queries, mask=mask_m, other=-1)
         floor = row_floor(rule_ptr, rows, mask_m, num_keys, window_size, MODE)
         # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-        q = load_tile(q_rows, q_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, True, DESCRIPTORS)
-        do = load_tile(
-            dout_rows, do_desc, row, head, mask_m, offs_m, offs_dv, HEADS.dv, True, DESCRIPTORS
-        )
+        q = load_tile(q_rows, q_descs, row, head, mask_m, offs_m, QK, True, DESCRIPTORS)
+        do = load_tile(dout_rows, do_descs, row, head, mask_m, offs_m, VO, True, DESCRIPTORS)
         # [BLOCK_M]
         flat = head.to(tl.int64) * num_queries + queries
         lse_log2 = tl.load(lse_log2_ptr + flat, mask=mask_m, other=0.0)
@@ -236,30 +230,26 @@ def key_tile(
         )  # fmt: skip
         if FUSED and WITH_DK:
             # Rows that see no key of the tile get zeros.
-            add_to_queries(
-                ds, k, dq_rows, dq_desc, row, head, mask_m, offs_m, offs_d, HEADS.d, REDUCE, MODE
-            )
+            add_to_queries(ds, k, dq_rows, dq_descs, row, head, mask_m, offs_m, QK, REDUCE, MODE)
         head, i = next_row_tile(head, i, item.num_masked)
 
     # dK = scale sum_h dS^T Q                                                            (B7)
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-    dk = dk * scale
+    dk = scaled(dk, scale, ACC)
+    # Partial sums lie as (slot, KV head, BLOCK_N, D).
+    part = (item.slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N
     if item.slot < 0:
         if WITH_DK:
-            dk_ptrs = tile_ptrs(dk_rows, item.col0, kv_head, offs_n, offs_d)
-            store_masked(dk_ptrs, dk, mask_n, offs_d, HEADS.d)
+            store_rows(dk_rows, item.col0, kv_head, dk, mask_n, offs_n, QK)
         if WITH_DV:
-            dv_ptrs = tile_ptrs(dv_rows, item.col0, kv_head, offs_n, offs_dv)
-            store_masked(dv_ptrs, dv, mask_n, offs_dv, HEADS.dv)
+            store_rows(dv_rows, item.col0, kv_head, dv, mask_n, offs_n, VO)
     else:
-        # Partial sums lie as (slot, KV head, BLOCK_N, D).
-        part = (item.slot.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_N
         if WITH_DK:
-            dk_part_ptrs = part_ptrs(dk_part_ptr, part, offs_n, offs_d, HEADS.d)
-            store_masked(dk_part_ptrs, dk, mask_n, offs_d, HEADS.d)
+            dk_part = part_rows(dk_part_ptr, QK.size)
+            store_rows(dk_part, part, kv_head, dk, mask_n, offs_n, QK)
         if WITH_DV:
-            dv_part_ptrs = part_ptrs(dv_part_ptr, part, offs_n, offs_dv, HEADS.dv)
-            store_masked(dv_part_ptrs, dv, mask_n, offs_dv, HEADS.dv)
+            dv_part = part_rows(dv_part_ptr, VO.size)
+            store_rows(dv_part, part, kv_head, dv, mask_n, offs_n, VO)
 
 
 @triton.jit
@@ -276,8 +266,8 @@ def query_step(
 ):  # fmt: skip
     """Adds one key tile to dQ (without the scale); scores are [BLOCK_M, BLOCK_N]."""
     # S = Q K^T,  dP = dO V^T                                                            (B2)
-    s = tl.dot(q, tl.trans(k), input_precision=MODE.precision, out_dtype=dq.dtype)
-    dp = tl.dot(do, tl.trans(v), input_precision=MODE.precision, out_dtype=dq.dtype)
+    s = dot_transposed(q, k, MODE)
+    dp = dot_transposed(do, v, MODE)
     # P = 2^(S - LSE)                                                                    (B3)
     exponent, slope = exponent_of(s, lse_log2[:, None], scale, softcap, MODE)
     if MASKED:
@@ -288,12 +278,12 @@ def query_step(
         ds = ds * slope
     # dQ += dS K                                                                         (B8)
     # [BLOCK_M, BLOCK_D]
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=MODE.precision, out_dtype=dq.dtype)
+    return add_dot(dq, ds.to(k[0].dtype), k, MODE)
 
 
 @triton.jit
 def query_tile(
-    entry, head, k_desc, v_desc,
+    entry, head, k_descs, v_descs,
     q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, rule_ptr, query_table,
     num_queries, num_keys, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -301,8 +291,8 @@ def query_tile(
     """dQ of rows [row0, row1) of one query head; the key tiles of the forward pass."""
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    BLOCK_D: tl.constexpr = HEADS.block_d
-    BLOCK_DV: tl.constexpr = HEADS.block_dv
+    QK: tl.constexpr = HEADS.qk
+    VO: tl.constexpr = HEADS.vo
     ACC: tl.constexpr = MODE.acc
     MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
     item = query_item(query_table, entry)
@@ -310,35 +300,27 @@ def query_tile(
     kv_head = head // HEADS.group
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     # [BLOCK_M]
     rows = item.row0 + offs_m
     mask_m = rows < item.row1
     scale = tl.full([], scale, ACC)
 
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-    q_ptrs = tile_ptrs(q_rows, item.query0, head, offs_m, offs_d)
-    do_ptrs = tile_ptrs(dout_rows, item.query0, head, offs_m, offs_dv)
-    q = load_masked(q_ptrs, mask_m, offs_d, HEADS.d)
-    do = load_masked(do_ptrs, mask_m, offs_dv, HEADS.dv)
+    q = load_rows(q_rows, item.query0, head, mask_m, offs_m, QK)
+    do = load_rows(dout_rows, item.query0, head, mask_m, offs_m, VO)
     # [BLOCK_M]
     flat = head.to(tl.int64) * num_queries + item.query0 + offs_m
     lse_log2 = tl.load(lse_log2_ptr + flat, mask=mask_m, other=0.0)
     delta = tl.load(delta_ptr + flat, mask=mask_m, other=0.0)
     # [BLOCK_M, BLOCK_D]
-    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    dq = zero_tiles(BLOCK_M, QK, ACC)
 
     for j in tl.range(0, item.num_listed + item.num_own, num_stages=TILE.num_stages):
         col = full_column(query_table, item, j, BLOCK_N)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         mask_n = offs_n < BLOCK_N
-        k = load_tile(
-            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, False, DESCRIPTORS
-        )
-        v = load_tile(
-            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, False, DESCRIPTORS
-        )
+        k = load_tile(k_rows, k_descs, col, kv_head, mask_n, offs_n, QK, False, DESCRIPTORS)
+        v = load_tile(v_rows, v_descs, col, kv_head, mask_n, offs_n, VO, False, DESCRIPTORS)
         dq = query_step(
             q, do, k, v, lse_log2, delta, dq, scale, softcap, None, None, None, False, MODE
         )
@@ -352,20 +334,16 @@ def query_tile(
         mask_n = cols < col_end
         keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        k = load_tile(
-            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, True, DESCRIPTORS
-        )
-        v = load_tile(
-            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, True, DESCRIPTORS
-        )
+        k = load_tile(k_rows, k_descs, col, kv_head, mask_n, offs_n, QK, True, DESCRIPTORS)
+        v = load_tile(v_rows, v_descs, col, kv_head, mask_n, offs_n, VO, True, DESCRIPTORS)
         dq = query_step(
             q, do, k, v, lse_log2, delta, dq, scale, softcap, rows, floor, keys, True, MODE
         )
 
     # dQ = scale dS K                                                                    (B9)
     # [BLOCK_M, BLOCK_D]
-    dq_ptrs = tile_ptrs(dq_rows, item.query0, head, offs_m, offs_d)
-    store_masked(dq_ptrs, dq * scale, mask_m, offs_d, HEADS.d)
+    dq = scaled(dq, scale, ACC)
+    store_rows(dq_rows, item.query0, head, dq, mask_m, offs_m, QK)
 
 
 @triton.jit(
@@ -375,7 +353,9 @@ def query_tile(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, do_desc, value_q_desc, value_do_desc, k_desc, v_desc,
+    q_desc, q_rest_desc, do_desc, do_rest_desc,
+    value_q_desc, value_q_rest_desc, value_do_desc, value_do_rest_desc,
+    k_desc, k_rest_desc, v_desc, v_rest_desc, dq_rest_desc,
     q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc, dk_rows, dv_rows,
     dk_part_ptr, dv_part_ptr, rule_ptr, order_ptr, key_table, value_table, query_table,
     num_queries, num_keys, num_key_items, num_value_items, num_entries, num_kv_heads,
@@ -391,7 +371,7 @@ def backward_kernel(
     QUERIES are the tiles of the two kinds. With VALUES key tiles are of two kinds: those of KEYS
     sum dK, and those of VALUES, which follow them in `order`, dV. With FUSED there are key tiles
     only, and dq_rows, for TMA dq_desc, are a sum that they add to. The other descriptors are read
-    with DESCRIPTORS.
+    with DESCRIPTORS, those of a rest where a head is covered by two tiles.
     """
     q_rows, dout_rows = by_eights(q_rows, EIGHTS), by_eights(dout_rows, EIGHTS)
     k_rows, v_rows = by_eights(k_rows, EIGHTS), by_eights(v_rows, EIGHTS)
@@ -405,24 +385,25 @@ def backward_kernel(
         first_query += num_value_items
     if (FUSED and not APART) or item < num_key_items:
         key_tile(
-            item, kv_head, q_desc, do_desc,
-            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc,
-            dk_rows, dv_rows, dk_part_ptr, dv_part_ptr, rule_ptr, key_table,
-            num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
+            item, kv_head, (q_desc, q_rest_desc), (do_desc, do_rest_desc),
+            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr,
+            dq_rows, (dq_desc, dq_rest_desc), dk_rows, dv_rows, dk_part_ptr, dv_part_ptr,
+            rule_ptr, key_table, num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
             HEADS, KEYS, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE, True, not APART,
         )  # fmt: skip
     elif APART and (FUSED or item < first_query):
         key_tile(
-            item - num_key_items, kv_head, value_q_desc, value_do_desc,
-            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows, dq_desc,
-            dk_rows, dv_rows, dk_part_ptr, dv_part_ptr, rule_ptr, value_table,
-            num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
+            item - num_key_items, kv_head,
+            (value_q_desc, value_q_rest_desc), (value_do_desc, value_do_rest_desc),
+            q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr,
+            dq_rows, (dq_desc, dq_rest_desc), dk_rows, dv_rows, dk_part_ptr, dv_part_ptr,
+            rule_ptr, value_table, num_queries, num_keys, num_kv_heads, scale, softcap, window_size,
             HEADS, VALUES, MODE, SUBSET, FUSED, DESCRIPTORS, REDUCE, False, True,
         )  # fmt: skip
     else:
         head = kv_head * HEADS.group + tl.load(order_ptr + 2 * entry + 1)
         query_tile(
-            item - first_query, head, k_desc, v_desc,
+            item - first_query, head, (k_desc, k_rest_desc), (v_desc, v_rest_desc),
             q_rows, k_rows, v_rows, dout_rows, lse_log2_ptr, delta_ptr, dq_rows,
             rule_ptr, query_table,
             num_queries, num_keys, scale, softcap, window_size, HEADS, QUERIES, MODE, DESCRIPTORS,
@@ -493,7 +474,11 @@ def launch_backward(
     """
     num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    heads, mode, acc = Heads.of(q, k, v), mode_of(q.dtype, options), accumulator(q.dtype)
+    heads, mode, acc = (
+        Heads.of(q, k, v, in_two=config.heads_in_two),
+        mode_of(q.dtype, options),
+        accumulator(q.dtype),
+    )
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
@@ -507,8 +492,7 @@ def launch_backward(
         delta_ptr=delta,
         lse_log2_ptr=lse_log2,
         num_queries=num_queries,
-        DV=heads.dv,
-        BLOCK_DV=heads.block_dv,
+        COLUMNS=Columns.of(v.shape[2], in_two=False),
         BLOCK_M=DELTA_BLOCK_M,
         HAS_DLSE=dlse is not None,
         ACC=mode.acc,
@@ -519,30 +503,30 @@ def launch_backward(
 
     # A head's programs read its K and V, and Q and dO of its query heads.
     head_bytes = (num_keys * num_kv_heads + num_queries * num_heads) // num_kv_heads * k.itemsize
-    section = config.heads_per_section(num_kv_heads, head_bytes * (heads.d + heads.dv))
+    section = config.heads_per_section(num_kv_heads, head_bytes * (q.shape[2] + v.shape[2]))
     apart = config.values is not None
     of_values = tables.keys if tables.values is None else tables.values
     values_tile = config.keys if config.values is None else config.values
     dq_sum = q.new_zeros(q.shape, dtype=acc) if fused else dq
-    descriptors = config.backward_descriptors and suits_tma(heads.d, heads.dv, q.itemsize)
-    # The interpreter knows no sums by descriptor.
+    descriptors = config.backward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
     reduce = fused and not INTERPRETED
 
     def partial_sums(lists: KeyLists, tile: Tile, dim: int) -> torch.Tensor:
         return k.new_empty(lists.num_slots, num_kv_heads, tile.block_n, dim, dtype=acc)
 
-    def described(x: torch.Tensor, block_rows: int) -> TensorDescriptor | torch.Tensor:
-        return tile_descriptor(x, block_rows) if descriptors else x
-
-    dk_part = partial_sums(tables.keys, config.keys, heads.d)
-    dv_part = partial_sums(of_values, values_tile, heads.dv)
+    dk_part = partial_sums(tables.keys, config.keys, q.shape[2])
+    dv_part = partial_sums(of_values, values_tile, v.shape[2])
     backward_kernel[(tables.order.shape[0] * num_kv_heads,)](
-        q_desc=described(q, config.keys.block_m),
-        do_desc=described(dout, config.keys.block_m),
-        value_q_desc=described(q, values_tile.block_m) if apart else None,
-        value_do_desc=described(dout, values_tile.block_m) if apart else None,
-        k_desc=described(k, config.queries.block_n),
-        v_desc=described(v, config.queries.block_n),
+        **descriptors_of("q", q, config.keys.block_m, heads.qk, used=descriptors),
+        **descriptors_of("do", dout, config.keys.block_m, heads.vo, used=descriptors),
+        **descriptors_of("value_q", q, values_tile.block_m, heads.qk, used=descriptors and apart),
+        **descriptors_of(
+            "value_do", dout, values_tile.block_m, heads.vo, used=descriptors and apart
+        ),
+        **descriptors_of("k", k, config.queries.block_n, heads.qk, used=descriptors),
+        **descriptors_of("v", v, config.queries.block_n, heads.vo, used=descriptors),
+        # The interpreter knows no sums by descriptor.
+        **descriptors_of("dq", dq_sum, config.keys.block_m, heads.qk, used=reduce),
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
@@ -550,7 +534,6 @@ def launch_backward(
         lse_log2_ptr=lse_log2,
         delta_ptr=delta,
         dq_rows=Rows.of(dq_sum),
-        dq_desc=tile_descriptor(dq_sum, config.keys.block_m) if reduce else dq_sum,
         dk_rows=Rows.of(dk),
         dv_rows=Rows.of(dv),
         dk_part_ptr=dk_part,
@@ -590,15 +573,14 @@ def launch_backward(
     for part, grad, lists in ((dk_part, dk, tables.keys), (dv_part, dv, of_values)):
         if not lists.num_slots:
             continue
-        part_n, block_d = part.shape[2], padded_dim(part.shape[3])
-        block_n = min(part_n, REDUCED_TILE // block_d)
+        part_n, columns = part.shape[2], Columns.of(part.shape[3], in_two=False)
+        block_n = min(part_n, REDUCED_TILE // columns.widths[0])
         reduce_kernel[(lists.splits.shape[0], num_kv_heads, part_n // block_n)](
             part_ptr=part,
             grad_rows=Rows.of(grad),
             splits_ptr=lists.splits,
             num_kv_heads=num_kv_heads,
-            D=part.shape[3],
-            BLOCK_D=block_d,
+            COLUMNS=columns,
             PART_N=part_n,
             BLOCK_N=block_n,
             ACC=mode.acc,

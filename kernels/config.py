@@ -40,6 +40,7 @@ class Config:
         queries: tile of the backward programs that own query rows (dQ).
         backward_warps: warps of the backward kernel, which runs all kinds.
         processors: multiprocessors, for the balance of the work lists.
+        heads_in_two: whether two tiles cover a head, where they have less padding than one.
         l2_bytes: second-level cache, for the order in which heads are run.
         forward_descriptors: whether the forward kernel loads K and V by TMA, if `suits_tma`.
         backward_descriptors: whether the backward kernel loads Q, dO, K and V so.
@@ -61,6 +62,7 @@ class Config:
     fused: Tile | None = None
     softcap_window: Tile | None = None
     values: Tile | None = None
+    heads_in_two: bool = False
     l2_bytes: int = 50 << 20
 
     def keys_for(self, *, fused: bool, softcap_window: bool) -> Tile:
@@ -88,6 +90,7 @@ INTERPRETER = Config(
     softcap_window=Tile(32, 32),
     forward_descriptors=True,
     backward_descriptors=True,
+    heads_in_two=True,
     l2_bytes=1 << 14,
 )
 
@@ -142,7 +145,7 @@ def select_config(
         head_dim_v: DV; D by default.
         tf32: whether float32 products run on tensor cores.
     """
-    dims = {head_dim, head_dim if head_dim_v is None else head_dim_v}
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
     head_dim = max(dims)
     if isinstance(arch, str):
         return _amd(arch, head_dim, dtype, processors)
@@ -153,7 +156,12 @@ def select_config(
     if arch < 90:
         return _ampere(head_dim, processors)
     descriptors = suits_tma(min(dims), max(dims), dtype.itemsize)
-    return _hopper(head_dim, processors, arch < 100, descriptors)
+    config = _hopper(head_dim, processors, arch < 100, descriptors)
+    if arch >= 100 or not descriptors or head_dim <= 64:
+        # Below 64 the tiles are too narrow for Hopper's instruction to gain.
+        return config
+    config = replace(config, heads_in_two=True)
+    return _hopper_in_two(config, dims) if 128 < head_dim <= 192 else config
 
 
 # bench/machine_code_budget.json has registers, spills and shared memory of every choice below. The
@@ -247,6 +255,19 @@ def _hopper(head_dim: int, processors: int, is_hopper: bool, descriptors: bool) 
             backward_descriptors=True,
         )
     return config
+
+
+def _hopper_in_two(config: Config, dims: tuple[int, int]) -> Config:
+    """Heads of 128 and at most 64 columns side by side, on sm_90: tiles like those of 128."""
+    # Shared memory has room for 128 keys in the forward where V has 128 columns at most.
+    forward = Tile(128, 128) if dims[1] <= 128 else config.forward
+    return replace(
+        config,
+        forward=forward,
+        keys=Tile(64, 128),
+        values=Tile(64, 128),
+        queries=Tile(128, 64),
+    )
 
 
 def _amd(arch: str, head_dim: int, dtype: torch.dtype, processors: int) -> Config:

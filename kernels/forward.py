@@ -34,18 +34,21 @@ from prefix_attn.kernels.primitives import (
     LOG2E,
     accumulator,
     by_eights,
+    descriptors_of,
+    divided,
+    dot_transposed,
     entry_and_head,
-    load_masked,
+    load_rows,
     load_tile,
     log2_scale,
     mode_of,
     scalar_argument,
+    scaled,
     softmax_step,
-    store_masked,
+    store_rows,
     suits_eights,
     tanh,
-    tile_descriptor,
-    tile_ptrs,
+    zero_tiles,
 )
 
 
@@ -53,7 +56,7 @@ from prefix_attn.kernels.primitives import (
     do_not_specialize=["num_queries", "num_keys", "num_items", "heads_per_section", "window_size"]
 )
 def forward_kernel(
-    q_rows, k_rows, v_rows, k_desc, v_desc, sinks_ptr, out_rows, lse_ptr,
+    q_rows, k_rows, v_rows, k_desc, k_rest_desc, v_desc, v_rest_desc, sinks_ptr, out_rows, lse_ptr,
     rule_ptr, query_table,
     num_queries, num_keys, num_items, heads_per_section, scale, softcap, window_size,
     HEADS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
@@ -62,13 +65,14 @@ def forward_kernel(
 ):  # fmt: skip
     """O and LSE of one query tile of one query head.
 
-    k_desc and v_desc describe K and V to TMA, with DESCRIPTORS; sinks_ptr (Hq,) is read with SINKS;
-    lse_ptr is (Hq, Tq).
+    k_desc and v_desc describe K and V to TMA, with DESCRIPTORS, and k_rest_desc and v_rest_desc
+    what of them lies in the second tile of a head; sinks_ptr (Hq,) is read with SINKS; lse_ptr is
+    (Hq, Tq).
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    BLOCK_D: tl.constexpr = HEADS.block_d
-    BLOCK_DV: tl.constexpr = HEADS.block_dv
+    QK: tl.constexpr = HEADS.qk
+    VO: tl.constexpr = HEADS.vo
     ACC: tl.constexpr = MODE.acc
     MASKED_STAGES: tl.constexpr = 2 if DESCRIPTORS else 1
     q_rows, out_rows = by_eights(q_rows, EIGHTS), by_eights(out_rows, EIGHTS)
@@ -79,19 +83,17 @@ def forward_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    k_descs, v_descs = (k_desc, k_rest_desc), (v_desc, v_rest_desc)
     # [BLOCK_M]
     rows = item.row0 + offs_m
     mask_m = rows < item.row1
 
     # [BLOCK_M, BLOCK_D]
-    q_ptrs = tile_ptrs(q_rows, item.query0, head, offs_m, offs_d)
-    q = load_masked(q_ptrs, mask_m, offs_d, HEADS.d)
+    q = load_rows(q_rows, item.query0, head, mask_m, offs_m, QK)
     scale_log2 = log2_scale(scale, ACC)
     if NEGATIVE_SCALE:
         # The running maximum wants a scale that keeps the order.
-        q = (-q.to(ACC)).to(q.dtype)
+        q = scaled(q, -1.0, ACC)
         scale_log2 = -scale_log2
     if MODE.softcap:
         cap_scale = tl.full([], scale, ACC) / softcap
@@ -106,26 +108,21 @@ def forward_kernel(
         m_i = tl.full([BLOCK_M], -float("inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)
     # [BLOCK_M, BLOCK_DV]
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    acc = zero_tiles(BLOCK_M, VO, ACC)
 
     for j in tl.range(0, item.num_listed + item.num_own, num_stages=TILE.num_stages):
         col = full_column(query_table, item, j, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
-        k = load_tile(
-            k_rows, k_desc, col, kv_head, offs_n < BLOCK_N, offs_n, offs_d,
-            HEADS.d, False, DESCRIPTORS,
-        )  # fmt: skip
+        mask_n = offs_n < BLOCK_N
+        k = load_tile(k_rows, k_descs, col, kv_head, mask_n, offs_n, QK, False, DESCRIPTORS)
         # S = Q K^T                                                                      (F1)
         # [BLOCK_M, BLOCK_N]
-        s = tl.dot(q, tl.trans(k), input_precision=MODE.precision, out_dtype=ACC)
+        s = dot_transposed(q, k, MODE)
         if MODE.softcap:
             # S = c tanh(scale Q K^T / c)                                               (F1')
             s = cap_log2 * tanh(s * cap_scale, MODE.accurate)
         # [BLOCK_N, BLOCK_DV]
-        v = load_tile(
-            v_rows, v_desc, col, kv_head, offs_n < BLOCK_N, offs_n, offs_dv,
-            HEADS.dv, False, DESCRIPTORS,
-        )  # fmt: skip
+        v = load_tile(v_rows, v_descs, col, kv_head, mask_n, offs_n, VO, False, DESCRIPTORS)
         acc, l_i, m_i = softmax_step(s, v, acc, l_i, m_i, scale_log2, MODE)
 
     # [BLOCK_M]
@@ -138,23 +135,19 @@ def forward_kernel(
         # Keys past col_end belong to other tiles: no row sees them here.
         keys = key_rule(rule_ptr, cols, mask_n, num_keys, MODE)
         # [BLOCK_N, BLOCK_D]
-        k = load_tile(
-            k_rows, k_desc, col, kv_head, mask_n, offs_n, offs_d, HEADS.d, True, DESCRIPTORS
-        )
+        k = load_tile(k_rows, k_descs, col, kv_head, mask_n, offs_n, QK, True, DESCRIPTORS)
         # [BLOCK_M, BLOCK_N]
-        s = tl.dot(q, tl.trans(k), input_precision=MODE.precision, out_dtype=ACC)
+        s = dot_transposed(q, k, MODE)
         s = cap_log2 * tanh(s * cap_scale, MODE.accurate) if MODE.softcap else s * scale_log2
         s = forbid(s, rows, floor, keys, MODE, False)
         # [BLOCK_N, BLOCK_DV]
-        v = load_tile(
-            v_rows, v_desc, col, kv_head, mask_n, offs_n, offs_dv, HEADS.dv, True, DESCRIPTORS
-        )
+        v = load_tile(v_rows, v_descs, col, kv_head, mask_n, offs_n, VO, True, DESCRIPTORS)
         acc, l_i, m_i = softmax_step(s, v, acc, l_i, m_i, 1.0, MODE)
 
     # O = O' / l,  LSE = ln 2 (m + log2 l)                                               (F5)
     # [BLOCK_M, BLOCK_DV], [BLOCK_M]
-    out_ptrs = tile_ptrs(out_rows, item.query0, head, offs_m, offs_dv)
-    store_masked(out_ptrs, acc / l_i[:, None], mask_m, offs_dv, HEADS.dv)
+    out = divided(acc, l_i[:, None])
+    store_rows(out_rows, item.query0, head, out, mask_m, offs_m, VO)
     lse = (m_i + tl.math.log2(l_i)) * LN2
     lse_ptrs = lse_ptr + head.to(tl.int64) * num_queries + item.query0 + offs_m
     tl.store(lse_ptrs, lse, mask=mask_m)
@@ -199,19 +192,21 @@ def launch_forward(
     """
     num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    heads = Heads.of(q, k, v)
-    out = q.new_empty(num_queries, num_heads, heads.dv)
+    heads = Heads.of(q, k, v, in_two=config.heads_in_two)
+    out = q.new_empty(num_queries, num_heads, v.shape[2])
     lse = q.new_empty(num_heads, num_queries, dtype=accumulator(q.dtype))
-    descriptors = config.forward_descriptors and suits_tma(heads.d, heads.dv, q.itemsize)
+    descriptors = config.forward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
     limit = {} if config.forward_registers is None else {"maxnreg": config.forward_registers}
     num_items = tables.items.shape[0]
-    section = config.heads_per_section(num_kv_heads, num_keys * (heads.d + heads.dv) * k.itemsize)
+    section = config.heads_per_section(
+        num_kv_heads, num_keys * (k.shape[2] + v.shape[2]) * k.itemsize
+    )
     forward_kernel[(num_items * num_heads,)](
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
-        k_desc=tile_descriptor(k, config.forward.block_n) if descriptors else k,
-        v_desc=tile_descriptor(v, config.forward.block_n) if descriptors else v,
+        **descriptors_of("k", k, config.forward.block_n, heads.qk, used=descriptors),
+        **descriptors_of("v", v, config.forward.block_n, heads.vo, used=descriptors),
         sinks_ptr=lse if sinks is None else sinks,
         out_rows=Rows.of(out),
         lse_ptr=lse,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prefix_attn.kernels.arguments import Heads, Mode, Rows, padded_dim
+from prefix_attn.kernels.arguments import Columns, Heads, Mode, Rows
 from prefix_attn.kernels.options import Options
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -47,52 +47,127 @@ def tile_ptrs(x, row, head, offs_row, offs_d):
 
 
 @triton.jit
-def load_full(ptrs, offs_d, D: tl.constexpr):
-    """Loads a tile whose rows all exist; padding columns are zero."""
-    if offs_d.shape[0] == D:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+def piece_ptrs(x, row, head, offs_row, COLUMNS: tl.constexpr, i: tl.constexpr):
+    """Addresses of tile i of rows [row + offs_row] of one head, and its columns."""
+    offs_d = tl.arange(0, COLUMNS.widths[i])
+    if i > 0:
+        offs_d += COLUMNS.starts[i]
+    return tile_ptrs(x, row, head, offs_row, offs_d), offs_d
 
 
 @triton.jit
-def load_masked(ptrs, mask_row, offs_d, D: tl.constexpr):
-    """Loads a tile; rows outside of mask_row and padding columns are zero."""
-    if offs_d.shape[0] == D:
+def load_piece(
+    x, row, head, mask_row, offs_row,
+    COLUMNS: tl.constexpr, i: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Loads tile i of some rows of one head; see `load_rows`."""
+    ptrs, offs_d = piece_ptrs(x, row, head, offs_row, COLUMNS, i)
+    PADDED: tl.constexpr = COLUMNS.padded[i]
+    if MASKED and PADDED:
+        return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < COLUMNS.size)[None, :], other=0.0)
+    elif MASKED:
         return tl.load(ptrs, mask=mask_row[:, None], other=0.0)
+    elif PADDED:
+        return tl.load(ptrs, mask=(offs_d < COLUMNS.size)[None, :], other=0.0)
     else:
-        return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < D)[None, :], other=0.0)
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_rows(
+    x, row, head, mask_row, offs_row, COLUMNS: tl.constexpr, MASKED: tl.constexpr = True
+):  # fmt: skip
+    """Loads rows [row + offs_row] of one head of x, as a tuple of the tiles that cover it.
+
+    With MASKED, rows outside of mask_row are zero. Columns behind the last one are in any case.
+    """
+    tiles = ()
+    for i in tl.static_range(len(COLUMNS.widths)):
+        tiles += (load_piece(x, row, head, mask_row, offs_row, COLUMNS, i, MASKED),)
+    return tiles
 
 
 @triton.jit
 def load_tile(
-    x, desc, row, head, mask_row, offs_row, offs_d,
-    D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x, descs, row, head, mask_row, offs_row,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Loads rows [row + offs_row] of one head of x, by TMA from desc with DESCRIPTORS.
+    """The same; with DESCRIPTORS by TMA, from one of descs for each tile.
 
-    With MASKED, rows outside of mask_row are zero, by TMA whatever x holds there. Columns behind D
-    and rows behind the last one of x are zero in any case.
+    Then rows outside of mask_row hold whatever x holds there, and zeros behind the last row of x.
     """
-    # [ROWS, BLOCK_D]
     if DESCRIPTORS:
-        return tl.reshape(desc.load([row, head, 0]), [offs_row.shape[0], offs_d.shape[0]])
+        tiles = ()
+        for i in tl.static_range(len(COLUMNS.widths)):
+            tile = descs[i].load([row, head, COLUMNS.starts[i]])
+            tiles += (tl.reshape(tile, [offs_row.shape[0], COLUMNS.widths[i]]),)
+        return tiles
     else:
-        ptrs = tile_ptrs(x, row, head, offs_row, offs_d)
-        if MASKED:
-            return load_masked(ptrs, mask_row, offs_d, D)
-        else:
-            return load_full(ptrs, offs_d, D)
+        return load_rows(x, row, head, mask_row, offs_row, COLUMNS, MASKED)
 
 
 @triton.jit
-def store_masked(ptrs, value, mask_row, offs_d, D: tl.constexpr):
+def store_rows(x, row, head, tiles, mask_row, offs_row, COLUMNS: tl.constexpr):
     """Stores the rows in mask_row without padding columns, in the type of the target."""
-    value = value.to(ptrs.dtype.element_ty)
-    if offs_d.shape[0] == D:
-        tl.store(ptrs, value, mask=mask_row[:, None])
-    else:
-        tl.store(ptrs, value, mask=mask_row[:, None] & (offs_d < D)[None, :])
+    for i in tl.static_range(len(COLUMNS.widths)):
+        ptrs, offs_d = piece_ptrs(x, row, head, offs_row, COLUMNS, i)
+        value = tiles[i].to(ptrs.dtype.element_ty)
+        if COLUMNS.padded[i]:
+            tl.store(ptrs, value, mask=mask_row[:, None] & (offs_d < COLUMNS.size)[None, :])
+        else:
+            tl.store(ptrs, value, mask=mask_row[:, None])
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """A sum of so many columns."""
+    return tl.zeros([ROWS, WIDTH], ACC)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """Sums for all columns of a head."""
+    tiles = ()
+    for i in tl.static_range(len(COLUMNS.widths)):
+        tiles += (zero_tile(ROWS, COLUMNS.widths[i], ACC),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor, ACC: tl.constexpr):
+    """Tiles times a factor, computed in the type of sums."""
+    result = ()
+    for i in tl.static_range(len(tiles)):
+        result += ((tiles[i].to(ACC) * factor).to(tiles[i].dtype),)
+    return result
+
+
+@triton.jit
+def divided(tiles, divisor):
+    """Tiles over a divisor."""
+    result = ()
+    for i in tl.static_range(len(tiles)):
+        result += (tiles[i] / divisor,)
+    return result
+
+
+@triton.jit
+def dot_transposed(a, b, MODE: tl.constexpr):
+    """A B^T, over all columns of a head."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=MODE.precision, out_dtype=MODE.acc)
+    for i in tl.static_range(1, len(a)):
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=MODE.precision, out_dtype=MODE.acc)
+    return s
+
+
+@triton.jit
+def add_dot(sums, p, b, MODE: tl.constexpr):
+    """Sums + P B, for all columns of a head."""
+    result = ()
+    for i in tl.static_range(len(sums)):
+        new = tl.dot(p, b[i], sums[i], input_precision=MODE.precision, out_dtype=MODE.acc)
+        result += (new,)
+    return result
 
 
 @triton.jit
@@ -125,8 +200,7 @@ def softmax_step(s, v, acc, l_i, m_i, scale_log2, MODE: tl.constexpr):
     # l' = 2^(m - m') l + sum_n P,  O' = 2^(m - m') O + P V                              (F4)
     alpha = tl.math.exp2(m_i - m_ij)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.precision, out_dtype=acc.dtype)
+    acc = add_dot(scaled(acc, alpha[:, None], MODE.acc), p.to(v[0].dtype), v, MODE)
     return acc, l_i, m_ij
 
 
@@ -178,7 +252,7 @@ def scalar_argument(value: float, dtype: torch.dtype) -> float | tl.constexpr:
 
 def suits_eights(heads: Heads, *tensors: torch.Tensor) -> bool:
     """Whether `by_eights` helps: 16-bit rows of 16 bytes, of which 32 bytes are no multiple."""
-    if not heads.d % 16 and not heads.dv % 16:
+    if not heads.qk.size % 16 and not heads.vo.size % 16:
         return False
     return all(
         x.itemsize == 2 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
@@ -187,9 +261,20 @@ def suits_eights(heads: Heads, *tensors: torch.Tensor) -> bool:
     )
 
 
-def tile_descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
-    """Describes (T, H, D) to TMA, in tiles of block_rows rows of one head; columns are padded."""
-    return TensorDescriptor.from_tensor(for_tma(x), [block_rows, 1, padded_dim(x.shape[2])])
+def descriptors_of(
+    name: str, x: torch.Tensor, block_rows: int, columns: Columns, *, used: bool
+) -> dict[str, TensorDescriptor | None]:
+    """The arguments NAME_desc and NAME_rest_desc of a kernel: (T, H, D) as TMA loads it.
+
+    They describe tiles of block_rows rows of one head. The first one is None unless it is used, and
+    the second one where a single tile covers a head.
+    """
+    found: list[TensorDescriptor | None] = [None, None]
+    if used:
+        x = for_tma(x)
+        for i, width in enumerate(columns.widths):
+            found[i] = TensorDescriptor.from_tensor(x, [block_rows, 1, width])
+    return {f"{name}_desc": found[0], f"{name}_rest_desc": found[1]}
 
 
 def for_tma(x: torch.Tensor) -> torch.Tensor:

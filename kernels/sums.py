@@ -3,13 +3,8 @@
 import triton
 import triton.language as tl
 
-from prefix_attn.kernels.primitives import (
-    LOG2E,
-    by_eights,
-    load_masked,
-    store_masked,
-    tile_ptrs,
-)
+from prefix_attn.kernels.arguments import Rows
+from prefix_attn.kernels.primitives import LOG2E, by_eights, load_rows, store_rows
 
 DELTA_BLOCK_M = 64
 # Entries of the tiles in which partial sums are added: more leave no registers.
@@ -19,7 +14,7 @@ REDUCED_TILE = 1 << 14
 @triton.jit(do_not_specialize=["num_queries"])
 def delta_kernel(
     out_rows, dout_rows, lse_ptr, dlse_ptr, delta_ptr, lse_log2_ptr, num_queries,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_DLSE: tl.constexpr, ACC: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Delta, and the LSE in log2 units, of BLOCK_M queries of one query head.
@@ -30,18 +25,15 @@ def delta_kernel(
     row0 = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
     # [BLOCK_M]
     rows = row0 + offs_m
     mask_m = rows < num_queries
     # [BLOCK_M, BLOCK_DV]
-    o_ptrs = tile_ptrs(out_rows, row0, head, offs_m, offs_dv)
-    do_ptrs = tile_ptrs(dout_rows, row0, head, offs_m, offs_dv)
-    o = load_masked(o_ptrs, mask_m, offs_dv, DV).to(ACC)
-    do = load_masked(do_ptrs, mask_m, offs_dv, DV).to(ACC)
+    o = load_rows(out_rows, row0, head, mask_m, offs_m, COLUMNS)
+    do = load_rows(dout_rows, row0, head, mask_m, offs_m, COLUMNS)
     # delta = sum_d dO O - dLSE                                                          (B1)
     # [BLOCK_M]
-    delta = tl.sum(o * do, 1)
+    delta = tl.sum(o[0].to(ACC) * do[0].to(ACC), 1)
     flat = head.to(tl.int64) * num_queries + rows
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + flat, mask=mask_m, other=0.0)
@@ -51,17 +43,15 @@ def delta_kernel(
 
 
 @triton.jit
-def part_ptrs(ptr, row, offs_n, offs_d, D: tl.constexpr):
-    """Addresses of rows [row + offs_n] of partial sums."""
-    # [BLOCK_N, BLOCK_D]
-    return ptr + row * D + offs_n[:, None] * D + offs_d[None, :]
+def part_rows(ptr, D: tl.constexpr):
+    """Partial sums as rows without heads."""
+    return Rows(ptr, D, 0)
 
 
 @triton.jit
 def reduce_kernel(
     part_ptr, grad_rows, splits_ptr, num_kv_heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PART_N: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, PART_N: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums of BLOCK_N keys of a split key tile, in the order of their slots.
 
@@ -75,13 +65,12 @@ def reduce_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     if BLOCK_N < PART_N:
         offs_n += tl.program_id(2) * BLOCK_N
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = col0 + offs_n < col1
     # [BLOCK_N, BLOCK_D]
-    acc = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    acc = tl.zeros([BLOCK_N, COLUMNS.widths[0]], ACC)
     slot0 = tl.load(split_ptr + 2)
     for i in tl.range(0, tl.load(split_ptr + 3) - slot0):
         part = ((slot0 + i).to(tl.int64) * num_kv_heads + kv_head) * PART_N
-        acc += load_masked(part_ptrs(part_ptr, part, offs_n, offs_d, D), mask_n, offs_d, D)
-    grad_ptrs = tile_ptrs(grad_rows, col0, kv_head, offs_n, offs_d)
-    store_masked(grad_ptrs, acc, mask_n, offs_d, D)
+        rows = part_rows(part_ptr, COLUMNS.size)
+        acc += load_rows(rows, part, kv_head, mask_n, offs_n, COLUMNS)[0]
+    store_rows(grad_rows, col0, kv_head, (acc,), mask_n, offs_n, COLUMNS)

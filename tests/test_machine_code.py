@@ -20,18 +20,19 @@ from bench.machine_code.compile import compile_all, missing_tools
 from bench.machine_code.figures import Figures, LoopFigures, Report, Violation, read_figures
 from bench.machine_code.programs import LoopKind, Program
 from prefix_attn.backends.schedule import MASKED_COST
-from prefix_attn.kernels.arguments import Heads, Mode
+from prefix_attn.kernels.arguments import Columns, Heads, Mode
 from prefix_attn.kernels.config import Tile
 
 ROOT = Path(__file__).parents[1]
 IS_OLDEST = triton.__version__.startswith("3.6.")
 # What is constant in a compiled kernel: names, and objects with names of their own.
 BOUNDED = {
-    "D", "DV", "BLOCK_D", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "ACC", "NEGATIVE_SCALE", "HAS_DLSE",
+    "BLOCK_M", "BLOCK_N", "ACC", "NEGATIVE_SCALE", "HAS_DLSE",
     "SINKS", "SUBSET", "DESCRIPTORS", "REDUCE", "FUSED", "EIGHTS", "PART_N",
 }  # fmt: skip
 RECORDS = {
     "HEADS": Heads,
+    "COLUMNS": Columns,
     "TILE": Tile,
     "KEYS": Tile,
     "VALUES": Tile,
@@ -39,8 +40,8 @@ RECORDS = {
     "MODE": Mode,
 }
 BOUNDED_FIELDS = {
-    "group", "d", "dv", "block_m", "block_n", "num_stages", "causal", "window", "softcap",
-    "accurate", "acc", "precision",
+    "group", "qk", "vo", "size", "widths", "block_m", "block_n", "num_stages", "causal", "window",
+    "softcap", "accurate", "acc", "precision",
 }  # fmt: skip
 RUNTIME = ("num_", "scale", "softcap", "window_size", "heads_per_section")
 

@@ -362,7 +362,8 @@ def _source_loops(path: str) -> list[tuple[str, int, int]]:
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef)
         for loop in ast.walk(function)
-        if isinstance(loop, (ast.For, ast.While))
+        if isinstance(loop, ast.While)
+        or (isinstance(loop, ast.For) and "static_range" not in ast.unparse(loop.iter))
     ]
 
 
