@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from prefix_attn.kernels.arguments import Rows
-from prefix_attn.kernels.primitives import LOG2E, by_eights, load_rows, store_rows
+from prefix_attn.kernels.primitives import LOG2E, by_eights, load_rows, store_rows, zero_tile
 
 DELTA_BLOCK_M = 64
 # Entries of the tiles in which partial sums are added: more leave no registers.
@@ -67,7 +67,7 @@ def reduce_kernel(
         offs_n += tl.program_id(2) * BLOCK_N
     mask_n = col0 + offs_n < col1
     # [BLOCK_N, BLOCK_D]
-    acc = tl.zeros([BLOCK_N, COLUMNS.widths[0]], ACC)
+    acc = zero_tile(BLOCK_N, COLUMNS.widths[0], ACC)
     slot0 = tl.load(split_ptr + 2)
     for i in tl.range(0, tl.load(split_ptr + 3) - slot0):
         part = ((slot0 + i).to(tl.int64) * num_kv_heads + kv_head) * PART_N

@@ -239,6 +239,7 @@ def chosen() -> list[Program]:
         *with_options([90], ["64", "128"], "fused"),
         *selected([80, 100], ["bfloat16"], ["128"], [*BOTH]),
         *selected(["gfx942"], ["bfloat16"], ["128"], [*BOTH]),
+        *selected([90], ["bfloat16"], ["128"], ["delta", "reduce"]),
     ]
 
 
