@@ -164,11 +164,17 @@ class _Dealing:
         return rows <= self.limit + self.tile and most <= mean + max(UNEVEN * mean, tile_work)
 
     def pieces(self) -> tuple[Forest, np.ndarray]:
-        """The forest, cut where another rank begins, and the rank of each segment."""
+        """The forest, cut where another rank begins, and the rank of each segment.
+
+        That of an empty segment is its parent's, so that no key travels for it.
+        """
         pieces = self._forest.cut(np.flatnonzero(np.diff(self.rank, prepend=-1)))
-        # An empty segment at the end has no row of its own.
-        first = np.minimum(pieces.starts, max(0, len(self.rank) - 1))
-        return pieces, self.rank[first] if len(self.rank) else np.zeros(len(first), np.int64)
+        filled, parents = pieces.lengths > 0, pieces.parents
+        rank = np.zeros(pieces.num_segments, dtype=np.int64)
+        rank[filled] = self.rank[pieces.starts[filled]]
+        for i in np.flatnonzero(~filled & (parents >= 0)).tolist():
+            rank[i] = rank[parents[i]]
+        return pieces, rank
 
 
 def _take(room: np.ndarray, need: int) -> np.ndarray:

@@ -60,10 +60,18 @@ SYSTEM = (
         (PrefixLayout.from_lengths([4096] * 4, [[512] * 8] * 4), 8, 4 * 4096),
         (PrefixLayout.from_lengths([8192] * 2, [[1024] * 8] * 2), 8, 2 * 3 * 8192),
         (PrefixLayout.from_tree(*SYSTEM), 4, 3 * 200),
+        (PrefixLayout.from_lengths([4096] * 4, [[512] * 8 + [0]] * 4), 4, 0),
         # Work per row differs too much: both groups are spread over both ranks.
         (PrefixLayout.from_lengths([0, 0], [[16384], [128] * 128]), 2, 16384),
     ],
-    ids=["one to a rank", "two ranks each", "four ranks each", "a system prompt", "uneven work"],
+    ids=[
+        "one to a rank",
+        "two ranks each",
+        "four ranks each",
+        "a system prompt",
+        "empty ends",
+        "uneven work",
+    ],
 )
 def test_groups_are_dealt_to_few_ranks(layout: PrefixLayout, ranks: int, moved: int) -> None:
     """Keys of a prefix go to the other ranks of its group, not to all."""
