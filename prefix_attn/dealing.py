@@ -9,8 +9,8 @@ of rows that only one rank needs then stay where they are.
       suffix  8 9                  in one piece
       suffix  10 11                in one piece
 
-Groups may differ in work per row by more than ranks should. Those that don't fit half a rank are
-then spread over all ranks.
+Rows may differ in work by more than ranks should. Subtrees that don't fit half a rank are then
+spread over all ranks, where that is not enough those that don't fit a quarter, and so on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from prefix_attn.forest import CACHED_LAYOUTS, Forest
 
 TILE = 128  # rows of a piece at most, and a quarter of a rank's where these are few
-# How much more than the mean a rank may have to do, before groups are spread over all ranks.
+# How much more than the mean a rank may have to do, before subtrees are spread over all ranks.
 UNEVEN = 0.05
 
 
@@ -37,9 +37,11 @@ def deal(forest: Forest, ranks: int) -> tuple[Forest, np.ndarray]:
     Returns:
         The same rows with shorter segments, and (S,) the rank of each of these.
     """
-    dealing = _Dealing(forest, ranks, nearby=True)
-    if not dealing.is_even():
-        dealing = _Dealing(forest, ranks, nearby=False)
+    dealing = _Dealing(forest, ranks)
+    most = dealing.limit // 2
+    while not dealing.is_even() and 2 * most > dealing.tile:
+        dealing = _Dealing(forest, ranks, most)
+        most //= 2
     return dealing.pieces()
 
 
@@ -83,23 +85,23 @@ class _Dealing:
         limit: rows of a rank.
     """
 
-    def __init__(self, forest: Forest, ranks: int, *, nearby: bool) -> None:
+    def __init__(self, forest: Forest, ranks: int, most: int | None = None) -> None:
         """Deals all rows.
 
         Args:
             forest: of T rows.
             ranks: their number.
-            nearby: deal a subtree that fits no rank to as few ranks as have room for it. Else to
-                all, and so are subtrees of more than half of a rank.
+            most: rows of a subtree that is dealt whole; larger ones are spread over all ranks. None
+                is those of a rank, and larger ones go to as few ranks as have room for them.
         """
         each = -(-forest.num_tokens // ranks)
-        self._forest, self._nearby = forest, nearby
+        self._forest, self._nearby = forest, most is None
         self._work_before = np.concatenate([[0], np.cumsum(forest.positions + 1)])
         self.rank = np.full(forest.num_tokens, -1)
         self.load = np.zeros(ranks, dtype=np.int64)
         self.tile = max(1, min(TILE, -(-each // 4)))
         self.limit = -(-each // self.tile) * self.tile
-        self._most = self.limit if nearby else max(1, each // 2)
+        self._most = self.limit if most is None else most
         tiles = self._deal_subtrees(np.full(ranks, self.limit))
         for start, end, room in sorted(tiles, key=lambda tile: -self._work(*tile[:2])):
             fits = room >= end - start

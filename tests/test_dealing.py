@@ -16,6 +16,8 @@ LAYOUTS = {
     "one sequence": PrefixLayout.from_lengths([2048], [[]]),
     "independent sequences": PrefixLayout.from_lengths([0], [[4000] * 5]),
     "long and short": PrefixLayout.from_lengths([0, 0], [[16384], [128] * 128]),
+    "short and twice as long": PrefixLayout.from_lengths([0], [[2000] * 2 + [4000] * 3]),
+    "two and a pair": PrefixLayout.from_tree([1000] * 4, [-1, -1, -1, 2]),
     "large groups": PrefixLayout.from_lengths([2048, 700, 1500], [[400] * 6, [900] * 5, [90] * 9]),
     "an empty tail": PrefixLayout.from_lengths([500, 0], [[300, 0], [0]]),
     "fewer tokens than ranks": PrefixLayout.from_lengths([3], [[1, 0, 1]]),
