@@ -100,7 +100,7 @@ def candidates(
         queries = [Tile(m, n, s) for m, n in shapes for s in (2, 3, 5)]
         loads = (False, True) if descriptors else (False,)
         # dK and dV together or, where they are apart now, apart.
-        values = {None: None, present.values: None}
+        values = dict.fromkeys((None, present.values))
         for key, value, query, warps, by_descriptor in product(
             keys, values, queries, (4, 8), loads
         ):
