@@ -474,11 +474,8 @@ def launch_backward(
     """
     num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    heads, mode, acc = (
-        Heads.of(q, k, v, in_two=config.heads_in_two),
-        mode_of(q.dtype, options),
-        accumulator(q.dtype),
-    )
+    heads = Heads.of(q, k, v, in_two=config.heads_in_two)
+    mode, acc = mode_of(q.dtype, options), accumulator(q.dtype)
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)

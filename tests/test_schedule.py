@@ -198,7 +198,7 @@ def test_order_of_the_backward_weighs_each_kind_by_its_products(fused, products)
     assert (np.diff(costs) <= 0).all()
     kinds = [(keys, 32, 3), (values, 128, 3), (queries, 32, 1)]
     first = 0
-    for (tiles, area, heads), count in zip(kinds, products, strict=fused is False):
+    for (tiles, area, heads), count in zip(kinds, products, strict=not fused):
         mine = (order[:, 0] >= first) & (order[:, 0] < first + len(tiles.items))
         expected = tiles.costs[order[mine, 0] - first] * area * heads * count
         assert np.allclose(costs[mine], expected)
