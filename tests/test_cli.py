@@ -1396,5 +1396,15 @@ def test_bench_fills_what_is_not_given():
     assert len(shapes) == len(bench.CPU_SHAPES)
 
 
+def test_bench_takes_the_gpu_that_pytorch_finds(monkeypatch):
+    """By ROCm as well, where PyTorch has no version of CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "choose_backend", lambda *call, **named: "triton")
+    device, shapes = bench._plan(_options("bench"))
+    assert device.type == "cuda"
+    assert len(shapes) == len(bench.CUDA_SHAPES)
+
+
 def _options(*arguments):
     return parser("prefix-attn").parse_args(arguments)

@@ -174,7 +174,7 @@ def _check_memory(case: Case) -> None:
 
 def _plan(args: argparse.Namespace) -> tuple[torch.device, list[Case]]:
     """The device and the cases that the arguments ask for."""
-    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         raise UsageError("--device cuda: there is no CUDA device")
     device = torch.device(args.device or ("cuda" if has_gpu else "cpu"))
