@@ -157,8 +157,10 @@ def assert_model_within_budget(
 ) -> None:
     """Holds the gradients of a model against float64 as one result, or others of its parameters.
 
-    Every tensor is divided by the root mean square of its exact values. Alone, that of a small
-    matrix is no judge: a few values in later layers decide all of its errors, and so does luck.
+    Every tensor is divided by the root mean square of its exact values; by that of all of them,
+    where its own is no more than their rounding, such as that of a gradient that is zero. Alone, a
+    small matrix is no judge: a few values in later layers decide all of its errors, and so does
+    luck.
 
     Args:
         name: what is compared.
@@ -170,13 +172,16 @@ def assert_model_within_budget(
         AssertionError: with errors and limits; names the worst parameter.
     """
     assert actual.keys() == exact.keys(), sorted(actual.keys() ^ exact.keys())
-    sizes = {key: rms(x.detach().double()) or 1.0 for key, x in exact.items()}
+    dtype = next(iter(actual.values())).dtype
+    whole = rms(torch.cat([x.detach().double().flatten() for x in exact.values()]))
+    own_sizes = {key: rms(x) for key, x in exact.items()}
+    rounding = torch.finfo(dtype).eps * whole
+    sizes = {key: size if size > rounding else whole or 1.0 for key, size in own_sizes.items()}
 
     def scaled(results: Mapping[str, Tensor]) -> list[Tensor]:
         return [results[key].detach().double().flatten() / size for key, size in sizes.items()]
 
     own, right, theirs = scaled(actual), scaled(exact), scaled(pytorch)
-    dtype = next(iter(actual.values())).dtype
     comparison = compare(name, *map(torch.cat, (own, right, theirs)), dtype=dtype)
     if not comparison.ok:
         errors = torch.tensor([rms(x - y) for x, y in zip(own, right, strict=True)])
