@@ -328,9 +328,11 @@ def measured(
         except (ImportError, NotImplementedError, *FOREIGN_ERRORS) as error:
             if name in (REPEATED, OURS):
                 raise
-            notes.append(f"{name} left out of {tree.name}: {str(error).splitlines()[0]}")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notes.append(f"{name} left out of {tree.name}: {reason}")
             continue
-        if max(errors.values()) > AGREEMENT_EPS * torch.finfo(tree.dtype).eps:
+        limit = AGREEMENT_EPS * torch.finfo(tree.dtype).eps
+        if not all(error <= limit for error in errors.values()):  # NaN is wrong too
             wrong.append(f"{tree.name}: {name} is off by {errors}")
         found[name] = {
             "tree": tree.name,

@@ -36,19 +36,32 @@ def test_libraries_agree_with_float64_or_are_named(
     assert peers.markdown(list(rows.values())) in printed
 
 
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
 def test_wrong_libraries_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    factor: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def double(problem: Problem) -> peers.Packed:
+    def scaled(problem: Problem) -> peers.Packed:
         right = peers.repeat(problem)
-        return replace(right, attend=lambda *x: 2 * right.attend(*x))
+        return replace(right, attend=lambda *x: factor * right.attend(*x))
 
-    libraries = {"wrong": (double, ""), peers.OURS: peers.LIBRARIES[peers.OURS]}
+    def refused(problem: Problem) -> peers.Packed:
+        raise NotImplementedError
+
+    libraries = {
+        "wrong": (scaled, ""),
+        "silent": (refused, ""),
+        peers.OURS: peers.LIBRARIES[peers.OURS],
+    }
     monkeypatch.setattr(peers, "TREES", (GROUP,))
     monkeypatch.setattr(peers, "LIBRARIES", libraries)
     monkeypatch.setattr(peers, "draw", lambda *_: None)
     assert peers.main(["--rounds", "3", "--out", str(tmp_path)]) == 1
-    assert "WRONG: group: wrong is off by" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "WRONG: group: wrong is off by" in printed.err
+    assert "silent left out of group: NotImplementedError" in printed.out
 
 
 def test_what_lies_twice_in_a_row_gets_its_gradient_once() -> None:
