@@ -140,29 +140,43 @@ def filled(text: str) -> str:
     return TABLE.sub(table, text)
 
 
+def _first_column(results: Path) -> str:
+    """Which tells the benchmarks apart."""
+    with results.open(newline="") as file:
+        return next(csv.reader(file), [""])[0]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Copies the files of a run and rewrites the tables; 1 if there is no run or no marker."""
+    """Copies the files of a run and rewrites the tables; 1 if there is no such run or no marker."""
     parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
     parser.add_argument("name", nargs="?", help="such as cpu; none to only write tables anew")
     parser.add_argument("--run", type=Path, default=ROOT / "out" / "bench", help="folder of a run")
     args = parser.parse_args(arguments)
-    if args.name:
-        source = args.run / "bench.csv"
-        if not source.is_file():
-            print(f"{source} does not exist: run the benchmark first", file=sys.stderr)
-            return 1
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, RESULTS / f"{args.name}.csv")
-        picture = args.run / "bench.png"
-        if picture.is_file():
-            figure = ROOT / "docs" / "pages" / "figures" / f"{args.name}.png"
-            figure.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, figure)
     pages = {page: page.read_text() for page in PAGES}
     marker = f"<!-- bench:begin {args.name} -->"
     if args.name and not any(marker in text for text in pages.values()):
         print(f"no page has the marker {marker}", file=sys.stderr)
         return 1
+    if args.name:
+        source = args.run / "bench.csv"
+        if not source.is_file():
+            print(f"{source} does not exist: run the benchmark first", file=sys.stderr)
+            return 1
+        kept = RESULTS / f"{args.name}.csv"
+        if kept.is_file() and _first_column(kept) != _first_column(source):
+            print(
+                f"{source} begins with {_first_column(source)!r}, {kept} with "
+                f"{_first_column(kept)!r}: pass the folder of a run of {args.name} as --run",
+                file=sys.stderr,
+            )
+            return 1
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, kept)
+        picture = args.run / "bench.png"
+        if picture.is_file():
+            figure = ROOT / "docs" / "pages" / "figures" / f"{args.name}.png"
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, figure)
     for page, text in pages.items():
         page.write_text(filled(text))
         print(f"Written: {page}")

@@ -50,6 +50,17 @@ def test_run_without_a_marker_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     assert publish.main(["no-such-name", "--run", str(tmp_path)]) == 1
     assert "no page has the marker" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_run_of_another_benchmark_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "bench.csv").write_text("shape,provider\n")
+    kept = tmp_path / "peers.csv"
+    kept.write_text("tree,library\n")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    assert publish.main(["peers", "--run", str(tmp_path)]) == 1
+    assert "begins with 'shape'" in capsys.readouterr().err
+    assert kept.read_text() == "tree,library\n"
 
 
 @pytest.mark.parametrize(
