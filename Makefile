@@ -166,14 +166,14 @@ test-oldest: $(OLDEST_VENV)/.stamp ## the oldest PyTorch, Triton, transformers a
 bench: dev ## check gradients, then measure; table, CSV and picture in a few minutes
 	$(BIN)/python -m bench
 
-bench-shapes: dev ## measure windows, softcaps, sinks, bfloat16, trees and small groups on a CPU
-	$(BIN)/python -m bench.shapes
-
 bench-small: dev ## the same on one small case, in seconds
 	$(BIN)/python -m bench --case 256,64,4,4,2,64 --rounds 3
 
 bench-full: dev ## measure the whole table
 	$(BIN)/python -m bench --full
+
+bench-shapes: dev ## measure windows, softcaps, sinks, bfloat16, trees and small groups on a CPU
+	$(BIN)/python -m bench.shapes
 
 bench-peers: $(TRAINERS_VENV)/.stamp ## measure TRL's, AReaL's and Prefix Grouper's attention beside ours, on a CPU
 	TRITON_INTERPRET=1 $(TRAINERS_VENV)/bin/python -m bench.peers
