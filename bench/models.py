@@ -11,6 +11,7 @@ of the process. Memory is measured in a process of its own.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -127,13 +128,15 @@ def measured(family: str, batch: tuple[int, int]) -> tuple[str, ...]:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Prints a table of all families, or of those that are named."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
-    families = parser.parse_args().families or list(FAMILIES)
+    families = parser.parse_args(arguments).families or list(FAMILIES)
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"unknown: {sorted(unknown)}; known: {', '.join(FAMILIES)}")
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("it needs transformers: pip install 'prefix-attn[hf]'")
     print(tables.markdown(HEADER, [], "ll" + "r" * (len(HEADER) - 2)))
     for family in families:
         for batch in BATCHES:

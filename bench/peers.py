@@ -384,6 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time (7)")
     parser.add_argument("--out", type=Path, default=Path("out/peers"), help="folder (out/peers)")
     args = parser.parse_args(arguments)
+    if args.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
     wanted = [x for x in TREES if not args.names or any(name in x.name for name in args.names)]
     if not wanted:
         parser.error(f"no tree is named like {args.names}: {', '.join(x.name for x in TREES)}")

@@ -9,6 +9,7 @@ saves for the backward pass; it needs transformers.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -256,6 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--saved", action="store_true", help="run a small model, and print what its ranks save"
     )
     args = parser.parse_args(arguments)
+    if args.saved and importlib.util.find_spec("transformers") is None:
+        parser.error("--saved needs transformers: pip install 'prefix-attn[hf]'")
     if args.count is not None:
         mp.spawn(count, (args.count, _free_port()), nprocs=args.count)
     else:

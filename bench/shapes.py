@@ -362,6 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
     parser.add_argument("--out", type=Path, default=Path("out/shapes"), help="folder (out/shapes)")
     args = parser.parse_args(arguments)
+    if args.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
     wanted = [x for x in SHAPES if not args.names or any(name in x.name for name in args.names)]
     if not wanted:
         parser.error(f"no shape is named like {args.names}: {', '.join(x.name for x in SHAPES)}")

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from bench import publish, report, shapes
+from bench import models, peers, publish, report, sequence_parallel, shapes
 from bench.cases import pairs
 from bench.facts import environment
 from bench.measure import Result
@@ -51,6 +51,24 @@ def test_run_without_a_marker_is_refused(tmp_path, capsys, monkeypatch):
     assert publish.main(["no-such-name", "--run", str(tmp_path)]) == 1
     assert "no page has the marker" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (peers.main, ["--rounds", "2"], "--rounds must be at least 3, got 2"),
+        (shapes.main, ["--rounds", "0"], "--rounds must be at least 3, got 0"),
+        (models.main, ["mistral"], "needs transformers: pip install"),
+        (sequence_parallel.main, ["--saved"], "needs transformers: pip install"),
+    ],
+)
+def test_what_no_benchmark_can_run_is_refused_by_name(
+    main, arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_run_of_another_benchmark_is_refused(tmp_path, capsys, monkeypatch):
