@@ -123,6 +123,10 @@ def on_ranks(count: int | str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
+def _module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
 def _run_of(item: Any) -> Run:
     arguments = dict(item.callspec.params) if hasattr(item, "callspec") else {}
     count = item.function.on_ranks[0]
@@ -141,7 +145,7 @@ def _run_file(request: Any, tmp_path_factory: Any) -> Reports:
     """Runs those tests of a file that pytest has chosen; once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / f"ranks_of_{request.path.stem}"
+    folder = base / f"ranks_of_{_module_name(request.path)}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
@@ -168,7 +172,7 @@ def _run_file(request: Any, tmp_path_factory: Any) -> Reports:
 
 def main(file: Path, folder: Path) -> None:
     """Imports a file of tests and runs some of them, on each number of ranks in turn."""
-    module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    module = importlib.import_module(_module_name(file))
     runs: list[Run] = pickle.loads((folder / "runs").read_bytes())
     fork = multiprocessing.get_context("fork")  # one process has imported all, without threads
     for count in sorted({run.ranks for run in runs}):
