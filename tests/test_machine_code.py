@@ -160,9 +160,9 @@ def with_spill(source):
     (first, end), *_ = loops_of(source, "forward_kernel")
     last = next(i for i in range(end - 1, first, -1) if lines[i].strip())
     pad = " " * (len(lines[last]) - len(lines[last].lstrip()))
-    ballast = "    ballast = tl.zeros([BLOCK_M, 2 * BLOCK_DV], ACC) + scale\n"
+    ballast = "    ballast = tl.zeros([BLOCK_M, 128], ACC) + scale\n"
     grow = f"{pad}ballast = ballast * 1.5 + tl.sum(s)\n"
-    after = "    acc += tl.sum(ballast, 1)[:, None]\n"
+    after = "    acc = (acc[0] + tl.sum(ballast, 1)[:, None],)\n"
     return "".join([*lines[:first], ballast, *lines[first:end], grow, after, *lines[end:]])
 
 
