@@ -8,14 +8,12 @@ sequences, which Megatron-core does not have without Transformer Engine.
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
-from collections.abc import Callable
-from functools import partial, partialmethod
+from collections.abc import Callable, Iterator
+from functools import cache, partial, partialmethod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
@@ -61,21 +59,18 @@ class NoStream:
         return lambda *_, **__: NoStream()
 
 
-def start(rank: int = 0, world: int = 1, store: str = "", tp: int = 1, pp: int = 1) -> None:
-    """One process of a run on CPUs, which a file connects with the others."""
+@contextlib.contextmanager
+def parallel(tp: int = 1, pp: int = 1) -> Iterator[None]:
+    """Model parallelism of the ranks of this run, on CPUs."""
     serve_cpu()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    place = dist.FileStore(store, world) if store else dist.HashStore()
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=place)
     parallel_state.initialize_model_parallel(tp, pp)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
-def stop() -> None:
-    """Ends what `start` began."""
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
+@cache
 def serve_cpu() -> None:
     """Replaces what asks for a GPU."""
     torch._dynamo.config.disable = True  # compiling each fused function takes seconds

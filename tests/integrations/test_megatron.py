@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -27,20 +28,20 @@ from tests.integrations.megatron_models import (
     config,
     deviation,
     padded_batch,
+    parallel,
     row_of_sequences,
     rows_that_share,
-    start,
     step,
-    stop,
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
     """Megatron-core needs its process groups for a single process, too."""
-    start()
-    yield
-    stop()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    with parallel():
+        yield
+    dist.destroy_process_group()
 
 
 def pair(settings, **arguments):

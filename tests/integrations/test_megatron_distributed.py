@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -20,12 +20,12 @@ from tests.integrations.megatron_models import (
     deviation,
     gradients,
     padded_batch,
+    parallel,
     row_of_sequences,
     rows_that_share,
-    start,
     step,
-    stop,
 )
+from tests.ranks import on_ranks
 
 RANKS = 2
 EVEN = [row[: len(row) // 2 * 2] for row in rows_that_share()]
@@ -80,14 +80,17 @@ TENSOR = {
 }
 
 
-def check_tensor_parallel() -> None:
+@pytest.mark.parametrize("name", TENSOR)
+@on_ranks(RANKS)
+def test_tensor_parallel_ranks_match_their_ordinary_run(group: Any, name: str) -> None:
     """Every rank has half of the heads; with sequence parallelism half of the rows as well."""
-    for name, (settings, batch, limit) in TENSOR.items():
-        settings = config(tensor_model_parallel_size=RANKS, **settings)
+    settings, batch, limit = TENSOR[name]
+    settings = config(tensor_model_parallel_size=RANKS, **settings)
+    with parallel(tp=RANKS):
         plain, ours = build(settings), enable(build(settings))
         expected, found = (summed(model, step(model, batch)) for model in (plain, ours))
-        assert stats(ours).packed_calls == 1, (name, stats(ours))
-        assert deviation(found, expected) < limit, (name, deviation(found, expected))
+    assert stats(ours).packed_calls == 1, stats(ours)
+    assert deviation(found, expected) < limit
 
 
 def summed(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,7 +101,8 @@ def summed(model: torch.nn.Module, found: dict[str, torch.Tensor]) -> dict[str, 
     return found
 
 
-def check_pipeline() -> None:
+@on_ranks(RANKS)
+def test_pipeline_ranks_match_their_ordinary_run(group: Any) -> None:
     """Three micro-batches on Megatron's own schedule; only the first stage sees token ids."""
     settings = config(
         num_layers=4,
@@ -109,17 +113,18 @@ def check_pipeline() -> None:
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=True,
     )
-    stages = {
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
-    }
     batches = [row_of_sequences([row[i:] for row in EVEN]) for i in range(3)]
     batches[1] = row_of_sequences([row.roll(i) for i, row in enumerate(EVEN[:3])])  # unshared
-    plain, ours = build(settings, **stages), enable(build(settings, **stages))
-    expected, found = (run_pipeline(model, batches, **stages) for model in (plain, ours))
+    with parallel(pp=RANKS):
+        stages = {
+            "pre_process": parallel_state.is_pipeline_first_stage(),
+            "post_process": parallel_state.is_pipeline_last_stage(),
+        }
+        plain, ours = build(settings, **stages), enable(build(settings, **stages))
+        expected, found = (run_pipeline(model, batches, **stages) for model in (plain, ours))
     counts = stats(ours)
     assert (counts.calls, counts.packed_calls) == (3, 2), counts
-    assert deviation(found, expected) < EXACT, deviation(found, expected)
+    assert deviation(found, expected) < EXACT
 
 
 def run_pipeline(
@@ -150,18 +155,3 @@ def run_pipeline(
     )
     assert len(outs) == (len(batches) if post_process else 0)
     return outs | gradients(model)
-
-
-def worker(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    start(rank, RANKS, store, tp=RANKS)
-    check_tensor_parallel()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(1, RANKS)
-    check_pipeline()
-    stop()
-
-
-def test_two_ranks_match_their_ordinary_runs(tmp_path):
-    """Tensor parallelism first, then a pipeline, in the same processes."""
-    mp.spawn(worker, (str(tmp_path / "store"),), nprocs=RANKS)
