@@ -9,7 +9,6 @@ there counts little. Needs transformers.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -225,13 +224,7 @@ def main(args: argparse.Namespace, bar: Any) -> int:
     with fresh_processes() as processes, bar:
         rows, wrong = run(args, processes, bar)
     facts = environment(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tables.write_csv([row | facts for row in rows], args.out / "bench.csv")
-    with (args.out / "bench.csv").open(newline="") as file:
-        written = list(csv.DictReader(file))
-    print(markdown(written))
-    if importlib.util.find_spec("matplotlib") is not None:
-        draw(written, args.out / "bench.png")
+    print(markdown(tables.write_run([row | facts for row in rows], args.out, draw)))
     print(f"Written to {args.out}")
     for failure in wrong:
         print(f"WRONG: {failure}", file=sys.stderr)

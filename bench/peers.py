@@ -19,7 +19,6 @@ what it refuses, is named and left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import importlib.util
 import os
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import tables
+from bench import shapes, tables
 from bench.facts import environment
 from bench.measure import AGREEMENT_EPS, FOREIGN_ERRORS, MIN_ROUNDS, peak_memory
 from bench.shapes import Problem, Shape
@@ -380,33 +379,19 @@ def measured(
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints and writes; 1 if a library was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of names of trees; none for all")
-    parser.add_argument("--rounds", type=int, default=7, help="samples of each time (7)")
-    parser.add_argument("--out", type=Path, default=Path("out/peers"), help="folder (out/peers)")
-    args = parser.parse_args(arguments)
-    if args.rounds < MIN_ROUNDS:
-        parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
-    wanted = [x for x in TREES if not args.names or any(name in x.name for name in args.names)]
-    if not wanted:
-        parser.error(f"no tree is named like {args.names}: {', '.join(x.name for x in TREES)}")
+    args = shapes.parse(parser, arguments, TREES, rounds=7, out=Path("out/peers"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     notes: list[str] = []
     wrong: list[str] = []
     facts = environment(torch.device("cpu"))
     try:
-        rows = [row for tree in wanted for row in measured(tree, args.rounds, notes, wrong)]
+        rows = [row for tree in args.shapes for row in measured(tree, args.rounds, notes, wrong)]
     finally:
         torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tables.write_csv([row | facts for row in rows], args.out / "bench.csv")
-    with (args.out / "bench.csv").open(newline="") as file:
-        written = list(csv.DictReader(file))
-    print(markdown(written))
+    print(markdown(tables.write_run([row | facts for row in rows], args.out, draw)))
     for note in notes:
         print(note)
-    if importlib.util.find_spec("matplotlib") is not None:
-        draw(written, args.out / "bench.png")
     print(f"Written to {args.out}")
     for failure in wrong:
         print(f"WRONG: {failure}", file=sys.stderr)

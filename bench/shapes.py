@@ -9,7 +9,6 @@ Grouper serves plain groups.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import itertools
 import sys
@@ -355,22 +354,35 @@ def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a shape was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.shapes", description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of names of shapes; none for all")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each time (5)")
-    parser.add_argument("--out", type=Path, default=Path("out/shapes"), help="folder (out/shapes)")
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    shapes: Sequence[Shape],
+    *,
+    rounds: int,
+    out: Path,
+) -> argparse.Namespace:
+    """Reads which of `shapes` are wanted, how often each is timed, and where results go."""
+    parser.add_argument("names", nargs="*", help="parts of names of what is timed; none for all")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of a time ({rounds})")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder ({out})")
     args = parser.parse_args(arguments)
     if args.rounds < MIN_ROUNDS:
         parser.error(f"--rounds must be at least {MIN_ROUNDS}, got {args.rounds}")
-    wanted = [x for x in SHAPES if not args.names or any(name in x.name for name in args.names)]
-    if not wanted:
-        parser.error(f"no shape is named like {args.names}: {', '.join(x.name for x in SHAPES)}")
+    args.shapes = [x for x in shapes if not args.names or any(n in x.name for n in args.names)]
+    if not args.shapes:
+        parser.error(f"nothing is named like {args.names}: {', '.join(x.name for x in shapes)}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes; 1 if a shape was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench.shapes", description=__doc__)
+    args = parse(parser, arguments, SHAPES, rounds=5, out=Path("out/shapes"))
     load, facts = load_average(), environment(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     failures = []
-    for shape in wanted:
+    for shape in args.shapes:
         print(f"{shape.name} ...", file=sys.stderr, flush=True)
         try:
             rows += measured(shape, args.rounds)
@@ -378,11 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures.append(f"WRONG, not timed: {shape.name}: {error}")
     if rows:
         print(tables.text([HEADER, *map(cells, rows)], "ll" + "r" * (len(HEADER) - 2)))
-        args.out.mkdir(parents=True, exist_ok=True)
-        tables.write_csv([row | facts for row in rows], args.out / "bench.csv")
-        if importlib.util.find_spec("matplotlib") is not None:
-            with (args.out / "bench.csv").open(newline="") as file:
-                draw(list(csv.DictReader(file)), args.out / "bench.png")
+        tables.write_run([row | facts for row in rows], args.out, draw)
         print(f"Written to {args.out}")
     names = ("total_ms", "total_p20_ms", "total_p80_ms")
     if note := busy(load, [Quantiles(*(row[name] for name in names)) for row in rows]):

@@ -6,7 +6,8 @@ The standard library is enough for them: `make gpu` runs where PyTorch and Trito
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,22 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({n: f"{x:.6g}" if isinstance(x, float) else x for n, x in row.items()})
+
+
+def write_run(
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    draw: Callable[[list[dict[str, str]], Path], None],
+) -> list[dict[str, str]]:
+    """Writes `bench.csv`, and draws `bench.png` where matplotlib is installed.
+
+    Returns:
+        The rows as the file has them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, folder / "bench.csv")
+    with (folder / "bench.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(written, folder / "bench.png")
+    return written

@@ -18,7 +18,6 @@ from tests.integrations.tiny_models import (
     KeepDouble,
     build,
     deviation,
-    loss_of,
     pad,
     rows_that_share,
     run,
@@ -88,13 +87,8 @@ def weights_of(logits: Tensor) -> Tensor:
 
 def run_whole(model: Any, batch: dict[str, Tensor], group: Any, **options: Any) -> dict:
     """The same loss on every rank: the mean of the ranks' gradients is that of one process."""
-    model.zero_grad(set_to_none=True)
-    mask = batch.get("attention_mask")
-    out = model(**batch, **{"use_cache": False, **options})
-    loss_of(out, mask).backward()
-    logits = out.logits.detach()
-    found = {"logits": logits if mask is None else logits[mask.bool()]}
-    return found | summed(model, group, 1 / group.size())
+    logits = run(model, batch, **options)["logits"]
+    return {"logits": logits} | summed(model, group, 1 / group.size())
 
 
 def run_slices(model: Any, batch: dict[str, Tensor], group: Any, **options: Any) -> dict:
