@@ -154,6 +154,8 @@ def assert_model_within_budget(
     actual: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
     pytorch: Mapping[str, Tensor],
+    *,
+    tokens: int,
 ) -> None:
     """Holds the gradients of a model against float64 as one result, or others of its parameters.
 
@@ -167,6 +169,7 @@ def assert_model_within_budget(
         actual: tensors under test, by parameter.
         exact: the same in float64.
         pytorch: what PyTorch computes in the dtype under test.
+        tokens: how many tokens each gradient is a sum over, in an order that is not PyTorch's.
 
     Raises:
         AssertionError: with errors and limits; names the worst parameter.
@@ -182,7 +185,8 @@ def assert_model_within_budget(
         return [results[key].detach().double().flatten() / size for key, size in sizes.items()]
 
     own, right, theirs = scaled(actual), scaled(exact), scaled(pytorch)
-    comparison = compare(name, *map(torch.cat, (own, right, theirs)), dtype=dtype)
+    whole_run = map(torch.cat, (own, right, theirs))
+    comparison = compare(name, *whole_run, dtype=dtype, growth=math.sqrt(tokens))
     if not comparison.ok:
         errors = torch.tensor([rms(x - y) for x, y in zip(own, right, strict=True)])
         worst = list(sizes)[int(errors.argmax())]  # NaN is the largest

@@ -237,17 +237,6 @@ def run(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     return results | {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def assert_run_within_budget(
-    found: dict[str, Tensor], exact: dict[str, Tensor], ordinary: dict[str, Tensor]
-) -> None:
-    """Holds what `run` returns against float64: all gradients together, and all parameters."""
-    assert found.keys() == exact.keys()
-    gradients = {name for name in exact if name.startswith("gradient of ")}
-    for kind, names in (("gradients", gradients), ("parameters", exact.keys() - gradients)):
-        runs = ({name: run[name] for name in names} for run in (found, exact, ordinary))
-        assert_model_within_budget(kind, *runs)
-
-
 def run_in_float64(
     cls: type,
     model_path: str,
@@ -277,7 +266,9 @@ def test_training_step_matches_ordinary_run(
     trainer = make_trainer(cls, model_path, tokenizer, tmp_path)
     enable_both(trainer)
     shared = run(trainer, monkeypatch)
-    assert_run_within_budget(shared, exact, ordinary)
+    tokens = prefix_attn.stats(trainer.model).tokens_in
+    results = (shared, exact, ordinary)
+    assert_model_within_budget("gradients and parameters", *results, tokens=tokens)
     for model in (trainer.model, trainer.ref_model):
         counts = prefix_attn.stats(model)
         assert counts.packed_calls == counts.calls >= 2
@@ -297,7 +288,9 @@ def test_adapters_match_ordinary_run(
     enable_both(trainer)
     shared = run(trainer, monkeypatch)
     assert any("lora_A" in name for name in exact)
-    assert_run_within_budget(shared, exact, ordinary)
+    tokens = prefix_attn.stats(trainer.model).tokens_in
+    results = (shared, exact, ordinary)
+    assert_model_within_budget("gradients and parameters", *results, tokens=tokens)
     counts = prefix_attn.stats(trainer.model)
     assert counts.packed_calls == counts.calls >= 4
 
@@ -342,8 +335,9 @@ def test_keeping_groups_shares_every_prompt_once(
         enable_both(trainer)
         results.append(run(trainer, monkeypatch))
         counts.append(prefix_attn.stats(trainer.model))
-    assert_run_within_budget(results[1], exact, results[0])
     scattered, kept = counts
+    runs = (results[1], exact, results[0])
+    assert_model_within_budget("gradients and parameters", *runs, tokens=kept.tokens_in)
     assert kept.tokens_in == scattered.tokens_in
     assert kept.tokens_run < scattered.tokens_run
     # A micro-batch of 8 holds two whole groups, so 4 of 16 prompts are run.
@@ -589,7 +583,8 @@ def test_model_on_trie_matches_samples_alone(
     shared = results(torch.float32, packing.TREE_ATTENTION)
     log_probs = [results.pop("log_probs") for results in (shared, exact, pytorch)]
     assert_within_budget("log_probs", *log_probs)
-    assert_model_within_budget("gradients", shared, exact, pytorch)
+    tokens = sum(len(sample["input_ids"]) for sample in samples())
+    assert_model_within_budget("gradients", shared, exact, pytorch, tokens=tokens)
     assert len(made) == 1  # for two layers, forward and recomputed
 
 
