@@ -21,7 +21,8 @@ NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/te
 IN_BETWEEN := tests/interpreter/test_kernels.py::test_triton_matches_float64 \
 	tests/interpreter/test_kernels.py::test_triton_by_descriptors_matches_pointers \
 	tests/interpreter/test_options.py::test_triton_option_matches_float64
-PIP_FLAGS := -q --disable-pip-version-check
+# Bytecode of what is never imported takes half of the time of an installation.
+PIP_FLAGS := -q --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help dev fmt lint type check docs docs-tables docs-figures build clean hub \
@@ -125,7 +126,7 @@ test: lint type $(OLD_VENV)/.stamp $(CUDA_VENV)/.stamp ## everything that CI run
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
 	env -u TRITON_INTERPRET $(CUDA_VENV)/bin/python -m pytest -q \
 		tests/test_machine_code.py::test_machine_code_is_within_its_budget
-	$(MAKE) test-levels test-hf test-verl docs
+	$(MAKE) test-levels test-hf test-verl test-megatron test-trainers docs
 
 # Each level has kernels of its own in PyTorch, with roundings of their own.
 test-levels: dev ## the tests of numbers, with each set of vector instructions below the processor's
@@ -147,11 +148,11 @@ test-verl: $(VERL_VENV)/.stamp ## verl, and the transformers 5.10 that it needs
 		tests/integrations/test_mixers.py::test_hybrid_models_match_ordinary_batches \
 		tests/integrations/test_mixers.py::test_checkpointing_keeps_the_tree_of_hybrid_models
 
-test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two (not in make test)
+test-megatron: $(MEGATRON_VENV)/.stamp ## Megatron-core, on one rank and on two
 	$(MEGATRON_VENV)/bin/python -m pytest -q tests/integrations/test_megatron.py \
 		tests/integrations/test_megatron_distributed.py
 
-test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, DeepSpeed, the hub (not in make test)
+test-trainers: $(TRAINERS_VENV)/.stamp ## SkyRL, OpenRLHF, AReaL, axolotl, torchtitan, DeepSpeed, the hub
 	$(TRAINERS_VENV)/bin/python -m pytest -q tests/integrations/test_bench_peers.py \
 		tests/integrations/test_deepspeed.py tests/integrations/test_hub.py \
 		tests/integrations/test_torchtitan.py tests/integrations/test_trainers.py

@@ -1,15 +1,17 @@
-"""What Triton's interpreter computes wrong, mended."""
+"""What Triton's interpreter computes wrong or slowly, mended."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 
 def fix_interpreter() -> None:
-    """Makes bfloat16 right under TRITON_INTERPRET=1 (Triton 3.6 to 3.9).
+    """Makes bfloat16 right under TRITON_INTERPRET=1, and kernels twice as fast (Triton 3.6 to 3.9).
 
-    There `tl.dot` multiplies the bit patterns of bfloat16 and casts to it truncate. Calling this
-    again does nothing.
+    There `tl.dot` multiplies the bit patterns of bfloat16 and casts to it truncate. Each function
+    that a kernel calls has the whole language replaced by the interpreter's, which the launch has
+    done before. Calling this again does nothing.
     """
     import numpy as np
     import triton.language as tl
@@ -19,6 +21,7 @@ def fix_interpreter() -> None:
     if getattr(builder, "prefix_attn_fixed", False):
         return
     convert, dot = interpreter._convert_float, builder.create_dot
+    patch_language = interpreter._patch_lang
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source != tl.float32 or target != tl.bfloat16:
@@ -36,6 +39,16 @@ def fix_interpreter() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
 
+    @cache
+    def languages(function: Any) -> list[Any]:
+        return [x for x in (tl, tl.core) if any(x is y for y in function.__globals__.values())]
+
+    def patch_language_once(function: Any) -> Any:
+        if any(tl.core.is_builtin(x.load) for x in languages(function)):
+            return patch_language(function)
+        return interpreter._LangPatchScope()  # nothing to restore
+
     interpreter._convert_float = convert_float
+    interpreter._patch_lang = patch_language_once
     builder.create_dot = create_dot
     builder.prefix_attn_fixed = True

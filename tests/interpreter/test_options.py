@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -134,6 +135,23 @@ def test_bfloat16_is_refused_where_the_interpreter_computes_it_wrong(monkeypatch
     monkeypatch.setattr(interpreter.InterpreterBuilder, "prefix_attn_fixed", False)
     with pytest.raises(NotImplementedError, match=r"call prefix_attn.testing.fix_interpreter"):
         prefix_attention(x, x, x, PrefixLayout.from_lengths([2], [[1]]), backend="triton")
+
+
+def test_interpreter_replaces_the_language_once_a_launch(monkeypatch):
+    replaced = []
+    replace_language = interpreter._patch_lang_core
+
+    def counted(lang, scope):
+        replaced.append(lang)
+        replace_language(lang, scope)
+
+    monkeypatch.setattr(interpreter, "_patch_lang_core", counted)
+    x = torch.zeros(3, 1, 16)
+    for _ in range(3):
+        prefix_attention(x, x, x, PrefixLayout.from_lengths([2], [[1]]), backend="triton")
+    # `tl.core` is left replaced by the first function of Triton's own that a process calls.
+    assert replaced.count(tl) == 3
+    assert replaced.count(tl.core) <= 1
 
 
 def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
