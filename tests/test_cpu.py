@@ -206,10 +206,41 @@ def test_cpu_many_small_groups_are_few_calls() -> None:
     assert len(planned(layout)) <= 4
 
 
-def test_cpu_members_behind_a_short_prefix_are_read_in_place() -> None:
-    calls = planned(PrefixLayout.from_lengths([1], [[64] * 16]))
+@pytest.mark.parametrize("options", [{}, {"window_size": 20}, {"dense": True}], ids=str)
+def test_cpu_members_behind_a_short_prefix_are_read_in_place(options: dict[str, Any]) -> None:
+    calls = planned(PrefixLayout.from_lengths([1], [[64] * 16]), **options)
     assert len(calls) <= 2
     assert all(call.queries.is_view for call in calls)
+    # Members are alike, so that they share one mask; the prefix and the first one are one run.
+    masks = [call.mask.to(torch.bool).shape for call in calls if call.mask is not None]
+    assert masks[0][:2] == (1, 1)
+    assert len(masks) == (1 if not options else 2)
+
+
+@pytest.mark.parametrize("prefix", [1, 100])
+def test_cpu_members_behind_a_short_prefix_are_not_merged(prefix: int) -> None:
+    """Of a tile of keys PyTorch's kernels compute all: a mask is cheaper than another call."""
+    calls = planned(PrefixLayout.from_lengths([prefix], [[200, 300, 200]]))
+    assert all(call.first for call in calls)
+    # Beyond a tile a causal call leaves keys out.
+    assert not all(x.first for x in planned(PrefixLayout.from_lengths([100], [[500, 500]])))
+
+
+def test_cpu_sequences_of_one_length_are_neither_copied_nor_read_twice() -> None:
+    layout = PrefixLayout.from_lengths([0], [[32] * 8])
+    inputs = Inputs.random(layout, (4, 2), (16, 16))
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        prefix_attention(q, k, v, layout, backend="cpu").backward(inputs.dout)
+    read = {
+        (event.name, tuple(map(tuple, event.input_shapes[:1])))
+        for event in profiler.events()
+        if event.name in ("aten::copy_", "aten::index_select", "aten::linalg_vector_norm")
+    }
+    # The log-sum-exp gets heads first, and is checked with the keys.
+    of_lse, of_keys = {(4, 256), (256, 4)}, {(256, 2, 16)}
+    assert {shape for _, (shape,) in read} <= of_lse | of_keys
+    assert ("aten::copy_", ((256, 2, 16),)) not in read
 
 
 def test_cpu_odd_member_is_no_reason_to_copy_the_others() -> None:
@@ -330,6 +361,42 @@ def test_cpu_non_finite_values_propagate_like_sdpa(
             assert bool(actual["out"][rows].isfinite().all())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("row", [7, 150, 411], ids=["prefix", "first suffix", "last row of group"])
+def test_cpu_non_finite_values_of_long_segments_stay_with_those_who_see_them(
+    row: int, name: str, value: float
+) -> None:
+    """Segments with calls of their own, without a mask."""
+    layout = PrefixLayout.from_lengths([140, 600], [[132, 140], [530]])
+    group = slice(0, 412)
+    inputs = Inputs.random(layout, (2, 1), (8, 8))
+    clean = attention_results(on_cpu(layout), inputs)
+    getattr(inputs, name)[row] = value
+    actual = attention_results(on_cpu(layout), inputs)
+    with sdpa_kernel(SDPBackend.MATH):
+        sdpa = attention_results(partial(repeated_attention, layout=layout), inputs)
+    for key, result in actual.items():
+        assert torch.equal(result[group.stop :], clean[key][group.stop :]), key
+    sees = layout.materialize()
+    hit = ~sdpa["out"].isfinite() & sees[:, row, None, None]
+    assert torch.equal(~actual["out"].isfinite() & sees[:, row, None, None], hit)
+    for rows in map(layout.sequence_rows, range(2)):
+        if row not in rows.tolist():
+            assert all(bool(x[rows[140:]].isfinite().all()) for x in actual.values())
+
+
+@pytest.mark.parametrize("row", [0, 31, 64, 256, 511, 512, 599])
+def test_cpu_nan_key_reaches_every_row_that_sees_it(row: int) -> None:
+    """Also where a tile of PyTorch's kernels holds no other key that a row sees."""
+    layout = PrefixLayout.from_lengths([600], [[]])
+    q, k, v = torch.randn(3, 600, 1, 8).unbind()
+    k[row] = float("nan")
+    out, lse = prefix_attention(q, k, v, layout, return_lse=True, backend="cpu")
+    assert bool(out[row:].isnan().all())
+    assert bool(lse[:, row:].isnan().all())
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_key_of_a_prefix_of_one_reaches_all_members(backend: str) -> None:
     """A row all of whose scores in one segment are NaN: PyTorch's kernel alone returns 0 there."""
@@ -370,3 +437,34 @@ def test_cpu_gives_no_weight_to_a_prefix_whose_scores_are_minus_inf():
     expected = prefix_attention(q[1:], k[1:], v[1:], alone, return_lse=True, backend="cpu")
     torch.testing.assert_close(out[1:], expected[0])
     torch.testing.assert_close(lse[:, 1:], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [(1, [3, 3]), (17, [2]), (0, [130, 140]), (3, [200])], ids=str)
+def test_cpu_nan_query_gets_nan(lengths: tuple[int, list[int]], dtype: torch.dtype) -> None:
+    """PyTorch's causal kernel returns 0 for so few keys. Here all queries have one, in turn."""
+    layouts = [PrefixLayout.from_lengths([lengths[0]], [lengths[1]])]
+    layouts += [PrefixLayout.from_lengths([n], [[]]) for n in range(1, 18)]
+    for layout in layouts:
+        tokens = layout.num_tokens
+        q, k, v = torch.randn(3, tokens, 2, 16, dtype=dtype).unbind()
+        for row in {0, tokens // 2, tokens - 1}:
+            spoiled = q.clone()
+            spoiled[row] = float("nan")
+            out, lse = prefix_attention(spoiled, k, v, layout, return_lse=True, backend="cpu")
+            is_hit = torch.arange(tokens) == row
+            assert bool((out.isnan().all((1, 2)) >= is_hit).all()), (tokens, row)
+            assert bool((lse.isnan().all(0) >= is_hit).all()), (tokens, row)
+
+
+def test_cpu_infinite_key_without_weight_does_not_reach_gradients_of_other_members() -> None:
+    """No log-sum-exp shows it, but PyTorch's kernels multiply it by zero for rows that it hides."""
+    layout, other = (PrefixLayout.from_lengths([2], [x]) for x in ([3, 3], [3]))
+    rows = torch.tensor([0, 1, 5, 6, 7])
+    inputs = Inputs.random(layout, (1, 1), (8, 8))
+    inputs.q[..., 0] = -1.0
+    expected = attention_results(on_cpu(other), inputs.map(lambda x: x[rows]))
+    inputs.k[3, 0, 0] = float("inf")
+    actual = attention_results(on_cpu(layout), inputs)
+    torch.testing.assert_close(actual["dq"][5:], expected["dq"][2:])
+    torch.testing.assert_close(actual["dk"][5:], expected["dk"][2:])

@@ -34,12 +34,17 @@ def forward(
     width = max(q.shape[2], v.shape[2])
     qw, kw, vw = (_widen(x, dtype, width) for x in (q, k, v))
     qw = qw if factor == 1 else qw * factor
-    of_queries, of_keys = [qw], [kw, vw]
-    wild = _wild_groups(segments, scale, of_queries, of_keys)
-    if wild:
-        of_queries, of_keys = _silenced(wild, of_queries, of_keys)
+    of_queries, of_keys, kernel = [qw], [kw, vw], _kernel(options)
     calls = _plan(segments, options, dense=options.softcap is not None)
-    out, lse = attend.forward(of_queries, of_keys, calls, _kernel(options), scale)
+    is_masked = _is_masked(calls)
+    # A query reaches its own row alone. Without masks so does a value those who see it, and a key;
+    # but of NaN keys PyTorch's kernels leave out those that fill what a row sees of a tile.
+    wild: list[_Group] = []
+    if not _are_small(of_keys if is_masked else [kw], width, scale):
+        wild = _wild_groups(segments, scale, of_queries, of_keys)
+        if is_masked:
+            of_queries, of_keys = _silenced(wild, of_queries, of_keys)
+    out, lse = attend.forward(of_queries, of_keys, calls, kernel, scale)
     for group in wild:
         calls = _plan(group.segments, options, dense=True, crossing=False)
         own, keys = [qw[group.queries]], [kw[group.keys], vw[group.keys]]
@@ -72,28 +77,30 @@ def backward(
     width = max(q.shape[2], v.shape[2]) + (dlse is not None)
     qw, kw, vw, dow, ow = (_widen(x, dtype, width) for x in (q, k, v, dout, out))
     qw = qw if factor == 1 else qw * factor
-    lse = lse.t()
     if dlse is not None:
         dow[..., -1] = 1.0
         ow[..., -1] = -dlse.t().to(dtype)
-    of_queries, of_keys = [dow, qw, ow, lse], [kw, vw]
-    # Of the output the column of dLSE alone: the others are means of values.
-    given = [dow, qw] if dlse is None else [dow, qw, ow[..., -1:]]
-    wild = _wild_groups(segments, scale, given, of_keys)
-    if wild:
-        of_queries, of_keys = _silenced(wild, of_queries, of_keys)
+    of_queries, of_keys, kernel = [dow, qw, ow, lse.t()], [kw, vw], _kernel(options)
     calls = _plan(segments, options, dense=options.softcap is not None)
-    dq, dk, dv = attend.backward(of_queries, of_keys, calls, _kernel(options), scale)
+    dq, dk, dv = attend.backward(of_queries, of_keys, calls, kernel, scale)
+    wild: list[_Group] = []
+    # What a query, a value or a gradient hands to keys that it should not reach shows in theirs.
+    if _is_masked(calls) and not _are_small([kw, dk, dv], width, scale):
+        # Of the output the column of dLSE alone: the others are means of values.
+        given = [dow, qw, lse.t(), *([] if dlse is None else [ow[..., -1:]])]
+        wild = _wild_groups(segments, scale, given, of_keys)
+        silenced = _silenced(wild, of_queries, of_keys)
+        dq, dk, dv = attend.backward(*silenced, calls, kernel, scale)
     for group in wild:
         calls = _plan(group.segments, options, dense=True, crossing=False)
-        own = [x[group.queries] for x in (dow, qw, ow, lse)]
+        own = [x[group.queries] for x in (dow, qw, ow, lse.t())]
         keys = [x[group.keys] for x in (kw, vw)]
         found = attend.backward(own, keys, calls, formula.kernel(options.softcap), scale)
         dq[group.queries], dk[group.keys], dv[group.keys] = found
     dsinks = None
     if sinks is not None:
         delta = (dow * ow).sum(-1)
-        dsinks = -(torch.exp(sinks.to(dtype) - lse) * delta).sum(0).to(sinks.dtype)
+        dsinks = -(torch.exp(sinks.to(dtype) - lse.t()) * delta).sum(0).to(sinks.dtype)
     dq = dq if factor == 1 else dq * factor
     return (
         dq[..., : q.shape[2]].to(q.dtype).contiguous(),
@@ -106,6 +113,11 @@ def backward(
 def _plan(segments: Tensor, options: Options, dense: bool, crossing: bool = True) -> list[Call]:
     rule = options.window_size, options.prefix_causal
     return plan(content_of(segments), *rule, dense, crossing)
+
+
+def _is_masked(calls: Sequence[Call]) -> bool:
+    """Whether rows that do not see each other are in one block."""
+    return any(call.mask is not None for call in calls)
 
 
 def _kernel(options: Options) -> attend.Kernel:
@@ -148,25 +160,22 @@ def _wild_groups(
     A block holds rows that do not see each other, and hides a score by adding -inf: NaN and inf
     would leave their group, or reach other members. Such groups run by themselves.
     """
-    tensors = (*of_queries, *of_keys)
-    factor = tensors[0].shape[-1] * max(1.0, scale)
-    limit = (torch.finfo(tensors[0].dtype).max / factor) ** 0.5
-    if all(_norm(x) < limit for x in tensors):
-        return []
+    width = of_keys[0].shape[-1]
     return [
         group
         for group in _groups(segments)
         if not all(
-            _norm(x[rows]) < limit
+            _are_small([x[rows] for x in part], width, scale)
             for rows, part in ((group.queries, of_queries), (group.keys, of_keys))
-            for x in part
         )
     ]
 
 
-def _norm(x: Tensor) -> float:
-    """At least the largest size of an element; not finite where one is not."""
-    return float(torch.linalg.vector_norm(x.detach()))
+def _are_small(tensors: Sequence[Tensor], width: int, scale: float) -> bool:
+    """Whether products of any two of these, over `width` columns and times `scale`, are finite."""
+    limit = (torch.finfo(tensors[0].dtype).max / (width * max(1.0, scale))) ** 0.5
+    # The norm is at least the largest size of an element, and not finite where one is not.
+    return all(torch.linalg.vector_norm(x).item() < limit for x in tensors)
 
 
 def _silenced(

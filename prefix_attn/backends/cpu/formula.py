@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends.cpu.attend import Kernel
+from prefix_attn.backends.cpu.plan import Mask
 
 
 def kernel(softcap: float | None) -> Kernel:
-    """Takes blocks with a mask, (n, 1, L, K) bool, alone."""
+    """Takes blocks with a mask alone."""
     return Kernel(partial(_forward, softcap), partial(_backward, softcap))
 
 
 def _forward(
-    softcap: float | None, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, causal: bool, scale: float
+    softcap: float | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     heads = q.shape[1]
     with torch.autocast("cpu", enabled=False):  # it would round the products
-        q, hidden = _as_rows(q, k.shape[1]), ~keep
+        q, hidden = _as_rows(q, k.shape[1]), ~mask.to(torch.bool)
         scores, _ = _scores(softcap, q, k, scale)
         _as_heads(scores, heads).masked_fill_(hidden, float("-inf"))
         lse = scores.logsumexp(-1)
@@ -39,7 +40,7 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    keep: Tensor,
+    mask: Mask,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +49,7 @@ def _backward(
         dout, q, out, lse = (_as_rows(x, k.shape[1]) for x in (dout, q, out, lse))
         scores, tanh = _scores(softcap, q, k, scale)
         p = scores.sub_(lse[..., None]).exp_()
-        _as_heads(p, heads).masked_fill_(~keep, 0.0)
+        _as_heads(p, heads).masked_fill_(~mask.to(torch.bool), 0.0)
         dv = p.transpose(2, 3) @ dout
         # dS = P * (dP - delta)
         delta = (dout * out).sum(-1, keepdim=True)

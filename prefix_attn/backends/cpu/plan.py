@@ -1,17 +1,18 @@
 """Which calls of a kernel make up a layout: computed once for each layout, on the host.
 
 Segments become nodes: one that is the only continuation of another joins it, since the two are one
-causal run. A long node attends itself in one call, and all rows below it attend it in another, so
-that it is read once for all members. Short nodes go together: a block of queries attends the rows
-above it, gathered along the path, and its own rows, under a mask. Under a window, and where no
-flash kernel serves, all is cut into blocks, so that memory is linear in tokens.
+causal run. A long node attends itself in one call, with the short ones above it where they are few,
+and all rows below it attend it in another, so that it is read once for all members. Short nodes go
+together: a block of queries attends the rows above it, gathered along the path, and its own rows,
+under a mask. Under a window, and where no flash kernel serves, all is cut into blocks, so that
+memory is linear in tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ from prefix_attn.forest import Forest
 
 # Most rows of a block. A longer node has calls of its own; below, merging costs more than masking.
 BLOCK = 128
+# Keys of a tile of PyTorch's kernels. They compute whole tiles: among so few keys a mask costs what
+# a causal call does, and another call and merging would come on top.
+TILE_KEYS = 512
+# Rows of a causal call: of NaN in fewer than a vector's its kernel makes 0. With a mask it doesn't.
+LEAST_CAUSAL = 16
 # What a block and each of its keys cost by themselves, in query-key pairs.
 BLOCK_PAIRS, KEY_PAIRS = 256, 8
 # What a call costs in the same, and a row that is copied to and fro where a call holds no view.
@@ -120,43 +126,45 @@ class Grid:
         return self.shape[0] * self.shape[1] if self.filled is None else len(self.filled)
 
     def take(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (count, length, ...)."""
+        """(T, H, ...) -> (count, H, length, ...)."""
+        rows, heads, *rest = x.stride()
         if self.rows is None:
-            first, *rest = x.stride()
-            offset = x.storage_offset() + self.start * first
             return x.as_strided(
-                (*self.shape, *x.shape[1:]), (self.step * first, first, *rest), offset
+                (self.shape[0], x.shape[1], self.shape[1], *x.shape[2:]),
+                (self.step * rows, heads, rows, *rest),
+                x.storage_offset() + self.start * rows,
             )
-        return x.index_select(0, self.rows).view(*self.shape, *x.shape[1:])
+        return x.index_select(0, self.rows).unflatten(0, self.shape).transpose(1, 2)
 
     def cleared(self, values: Tensor) -> Tensor:
-        """(count, length, ...) values with zeros at places that are not filled."""
+        """(count, H, length, ...) values with zeros at places that are not filled."""
         if self.filled is None:
             return values
+        values = values.transpose(1, 2)
         zeros = torch.zeros_like(values, memory_format=torch.contiguous_format)
         zeros.flatten(0, 1).index_copy_(0, self.filled, self._filled(values)[1])
-        return zeros
+        return zeros.transpose(1, 2)
 
-    def written(self, x: Tensor, values: Tensor) -> Tensor:
-        """x with (count, length, ...) values in their rows; x itself unless these are all of it."""
-        if self.is_view and self.step == self.shape[1] and self.size == len(x):
-            return values.flatten(0, 1)
-        if self.rows is None:
+    def is_all(self, num_rows: int) -> bool:
+        """Whether these are all rows of a tensor, each once and in their order."""
+        return self.is_view and self.step == self.shape[1] and self.size == num_rows
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Writes (count, H, length, ...) values to their rows of x."""
+        if self.is_view:
             self.take(x).copy_(values)
         else:
-            x.index_copy_(0, *self._filled(values))
-        return x
+            x.index_copy_(0, *self._filled(values.transpose(1, 2)))
 
-    def added(self, x: Tensor, values: Tensor) -> Tensor:
-        """x with values added to their rows, in the order of the grid."""
-        if self.rows is None:
+    def add(self, x: Tensor, values: Tensor) -> None:
+        """Adds values to their rows of x, in the order of the grid."""
+        if self.is_view:
             self.take(x).add_(values)
         else:
-            x.index_add_(0, *self._filled(values))
-        return x
+            x.index_add_(0, *self._filled(values.transpose(1, 2)))
 
     def _filled(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of the filled places, and the values there."""
+        """The rows of the filled places, and the (count, length, ...) values there."""
         rows, values = self.rows, values.flatten(0, 1)
         assert rows is not None
         if self.filled is None:
@@ -168,22 +176,41 @@ class Grid:
 class Mask:
     """Who sees whom in a batch of blocks: int32 tables of queries (n, L, 1) and keys (n, 1, K).
 
-    Under a window there are also the positions of queries, and of each key the one that ends its
-    window.
+    Attributes:
+        length: L, queries of a block.
+        seen_from: of each key the first query that sees it, by its place in the block.
+        seen_until: the one behind the last.
+        window: under a window also the positions of queries, and of each key the one that ends its
+            window.
+        is_shared: whether n is 1 for several blocks, which are alike: such a mask is kept.
+        kept: by dtype.
     """
 
-    row: Tensor
+    length: int
     seen_from: Tensor
     seen_until: Tensor
     window: tuple[Tensor, Tensor] | None
+    is_shared: bool
+    kept: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    def keep(self) -> Tensor:
-        """(n, L, K) bool."""
-        keep = (self.seen_from <= self.row) & (self.row < self.seen_until)
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """(n, 1, L, K): whether a key is seen, or for a number what that adds to a score."""
+        mask = self.kept.get(dtype)
+        if mask is None:
+            mask = self._seen()
+            if dtype is not torch.bool:
+                mask = torch.where(mask, torch.zeros((), dtype=dtype), float("-inf"))
+            if self.is_shared:
+                self.kept[dtype] = mask
+        return mask
+
+    def _seen(self) -> Tensor:
+        place = torch.arange(self.length, dtype=torch.int32)[:, None]
+        seen = (self.seen_from <= place) & (place < self.seen_until)
         if self.window is not None:
             position, seen_before = self.window
-            keep &= position < seen_before
-        return keep
+            seen &= position < seen_before
+        return seen[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,10 +267,13 @@ def plan(
             blocks += packer.pieces(node)
         elif node.query >= 0:
             queries = np.arange(node.query, node.query + node.length)
-            own.append((queries, rows, not node.bidirectional))
             above = packer.path[: packer.above[-1]]
-            if len(above):
-                sides.append((queries, above.copy(), False))
+            if 0 < len(above) <= TILE_KEYS - node.length:
+                blocks.append(Block(node.query, rows, np.concatenate([above, rows]), False))
+            else:
+                own.append((queries, rows, not node.bidirectional))
+                if len(above):
+                    sides.append((queries, above.copy(), False))
         first, last = forest.queries_before[[node.end, node.below]].tolist()
         if not is_gathered and first < last:
             belows.append((np.arange(first, last), rows, False))
@@ -358,7 +388,8 @@ class _Packer:
         start, end = held[0].start, held[-1].end
         rows = [np.arange(x.start, x.end) for x in held if x.query >= 0]
         keys = np.concatenate([self.keys[self.low :], np.arange(start, end)])
-        is_causal = len(held) == 1 and self._is_causal(held[0], keys)
+        is_run = all(node.parent == self.first + i for i, node in enumerate(held[1:]))
+        is_causal = is_run and self._is_causal(held, keys)
         return [Block(held[0].query, np.concatenate(rows), keys, is_causal)]
 
     def pieces(self, node: Node) -> list[Block]:
@@ -375,14 +406,15 @@ class _Packer:
             ahead = node.end if node.bidirectional else end
             keys = np.concatenate([above[low:], np.arange(seen, ahead)])
             rows = np.arange(start, end)
-            is_causal = count == 1 and self._is_causal(node, keys)
+            is_causal = count == 1 and self._is_causal([node], keys)
             found.append(Block(node.query + shift, rows, keys, is_causal))
         return found
 
-    def _is_causal(self, node: Node, keys: np.ndarray) -> bool:
-        """Whether a node that sees these keys sees itself alone, all rows before each."""
-        in_window = self.window_size is None or node.length <= self.window_size
-        return len(keys) == node.length and in_window and not node.bidirectional
+    def _is_causal(self, run: Sequence[Node], keys: np.ndarray) -> bool:
+        """Whether a run of nodes sees itself alone, all rows before each, in a causal call."""
+        in_window = self.window_size is None or len(keys) <= self.window_size
+        is_alone = LEAST_CAUSAL <= len(keys) == sum(x.length for x in run)
+        return is_alone and in_window and all(x.query >= 0 and not x.bidirectional for x in run)
 
     def _low(self, position: int) -> int:
         """The first position that a query sees."""
@@ -454,25 +486,38 @@ def _masked_call(blocks: list[Block], forest: Forest) -> Call:
     queries = Grid.from_lines([x.queries for x in blocks])
     keys = Grid.from_lines([x.keys for x in blocks])
 
-    def table(lines: list[np.ndarray], shape: tuple[int, int], empty: int) -> Tensor:
+    def table(lines: list[np.ndarray], shape: tuple[int, int], empty: int) -> np.ndarray:
         filled = np.full(shape, empty, dtype=np.int32)
         for i, line in enumerate(lines):
             filled[i, : len(line)] = line
-        return torch.from_numpy(filled)
+        return filled
 
-    # A place that is not filled sees nothing and is seen by nobody.
-    rows = [x.rows for x in blocks]
-    seen_from = [forest.row_seen_from[x.keys] for x in blocks]
-    seen_until = [forest.row_subtree_ends[x.keys] for x in blocks]
-    window = None
+    # A place that is not filled is seen by nobody, and sees nothing.
+    places = [
+        [np.searchsorted(x.rows, rows[x.keys]) for x in blocks]
+        for rows in (forest.row_seen_from, forest.row_subtree_ends)
+    ]
+    of_keys = [table(places[0], keys.shape, queries.shape[1]), table(places[1], keys.shape, 0)]
+    of_queries = []
     if forest.window_size is not None:
-        ends = forest.positions + forest.window_size
-        position = table([forest.positions[x] for x in rows], queries.shape, 0)[:, :, None]
-        window = (position, table([ends[x.keys] for x in blocks], keys.shape, 0)[:, None])
+        # Only how far apart they are matters, so that blocks at several depths may be alike.
+        positions = [forest.positions[x.rows] for x in blocks]
+        ends = [
+            forest.positions[x.keys] + forest.window_size - own[0]
+            for x, own in zip(blocks, positions, strict=True)
+        ]
+        of_keys.append(table(ends, keys.shape, 0))
+        of_queries.append(table([x - x[0] for x in positions], queries.shape, 0))
+    tables = of_keys + of_queries
+    is_shared = len(blocks) > 1 and all((x == x[:1]).all() for x in tables)
+    if is_shared:
+        tables = [x[:1] for x in tables]
+    seen_from, seen_until, *window = (torch.from_numpy(x) for x in tables)
     mask = Mask(
-        table(rows, queries.shape, -1)[:, :, None],
-        table(seen_from, keys.shape, forest.num_tokens)[:, None],
-        table(seen_until, keys.shape, 0)[:, None],
-        window,
+        queries.shape[1],
+        seen_from[:, None],
+        seen_until[:, None],
+        (window[1][:, :, None], window[0][:, None]) if window else None,
+        is_shared,
     )
     return Call(queries, keys, mask=mask)
