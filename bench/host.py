@@ -59,6 +59,7 @@ def no_launches(config: Any = None) -> Iterator[None]:
             (triton_backend, "why_not", lambda *_: None),
             (CompiledKernel, "run", property(lambda _: lambda *_: None)),
             (CompiledKernel, "launch_metadata", lambda *_: None),
+            (CompiledKernel, "_init_handles", lambda _: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         triton.runtime.driver.set_active(stand_in_driver(CAPABILITY))

@@ -27,7 +27,6 @@ import triton.language as tl
 
 from prefix_attn.kernels.arguments import (
     QUERY_ROW,
-    Columns,
     Heads,
     KeyTable,
     QueryTable,
@@ -41,15 +40,16 @@ from prefix_attn.kernels.arguments import (
     row_floor,
     rule_row,
 )
-from prefix_attn.kernels.config import Config, Tile, suits_tma
+from prefix_attn.kernels.config import Config, suits_tma
+from prefix_attn.kernels.launch import Launch, are_aligned
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
     INTERPRETED,
     LOG2E,
+    TmaLoads,
     accumulator,
     add_dot,
     by_eights,
-    descriptors_of,
     dot_transposed,
     entry_and_head,
     load_rows,
@@ -63,13 +63,7 @@ from prefix_attn.kernels.primitives import (
     tanh,
     zero_tiles,
 )
-from prefix_attn.kernels.sums import (
-    DELTA_BLOCK_M,
-    REDUCED_TILE,
-    delta_kernel,
-    part_rows,
-    reduce_kernel,
-)
+from prefix_attn.kernels.sums import DeltaLaunch, ReduceLaunch, part_rows
 
 
 @triton.jit
@@ -438,155 +432,188 @@ class BackwardTables:
     masked: torch.Tensor
 
 
-def launch_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dlse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    tables: BackwardTables,
-    options: Options,
-    config: Config,
-    *,
-    fused: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Runs the preprocess, the backward kernel and the reduction of split tiles.
+class BackwardLaunch:
+    """All kernels of a backward pass, for calls of one kind, as that of `ForwardLaunch`.
 
-    Args:
-        dout: (Tq, Hq, DV), last dimension contiguous.
-        q: (Tq, Hq, D), likewise.
-        k: (T, Hkv, D), likewise.
-        v: (T, Hkv, DV), likewise.
-        out: (Tq, Hq, DV), of the forward pass.
-        lse: (Hq, Tq), contiguous, of the forward pass.
-        dlse: (Hq, Tq), contiguous, or None.
-        sinks: (Hq,), or None.
-        tables: work lists made for `config.keys`, `config.values` and `config.queries`.
-        options: of the call.
-        config: tile shapes.
-        fused: programs that own keys add up dQ; `tables.order` holds no others.
-
-    Returns:
-        dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.
+    Attributes:
+        fused: whether programs that own keys add up dQ.
     """
-    num_queries, num_heads, _ = q.shape
-    num_keys, num_kv_heads, _ = k.shape
-    heads = Heads.of(q, k, v, in_two=config.heads_in_two)
-    mode, acc = mode_of(q.dtype, options), accumulator(q.dtype)
-    dq = q.new_empty(q.shape)
-    dk = k.new_empty(k.shape)
-    dv = v.new_empty(v.shape)
 
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(num_queries, DELTA_BLOCK_M), num_heads)](
-        out_rows=Rows.of(out),
-        dout_rows=Rows.of(dout),
-        lse_ptr=lse,
-        dlse_ptr=lse if dlse is None else dlse,
-        delta_ptr=delta,
-        lse_log2_ptr=lse_log2,
-        num_queries=num_queries,
-        COLUMNS=Columns.of(v.shape[2], in_two=False),
-        BLOCK_M=DELTA_BLOCK_M,
-        HAS_DLSE=dlse is not None,
-        ACC=mode.acc,
-        EIGHTS=suits_eights(heads, out, dout),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    def __init__(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        dlse: torch.Tensor | None,
+        tables: BackwardTables,
+        options: Options,
+        config: Config,
+        *,
+        fused: bool,
+    ) -> None:
+        """Fixes all arguments of the kernels but tensors.
 
-    # A head's programs read its K and V, and Q and dO of its query heads.
-    head_bytes = (num_keys * num_kv_heads + num_queries * num_heads) // num_kv_heads * k.itemsize
-    section = config.heads_per_section(num_kv_heads, head_bytes * (q.shape[2] + v.shape[2]))
-    apart = config.values is not None
-    of_values = tables.keys if tables.values is None else tables.values
-    values_tile = config.keys if config.values is None else config.values
-    dq_sum = q.new_zeros(q.shape, dtype=acc) if fused else dq
-    descriptors = config.backward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
-    reduce = fused and not INTERPRETED
+        Args:
+            dout: (Tq, Hq, DV), last dimension contiguous.
+            q: (Tq, Hq, D), likewise.
+            k: (T, Hkv, D), likewise.
+            v: (T, Hkv, DV), likewise.
+            out: (Tq, Hq, DV), of the forward pass.
+            dlse: (Hq, Tq), contiguous, or None.
+            tables: work lists made for `config.keys`, `config.values` and `config.queries`.
+            options: of the call.
+            config: tile shapes.
+            fused: programs that own keys add up dQ; `tables.order` holds no others.
+        """
+        num_queries, num_heads, _ = q.shape
+        num_keys, num_kv_heads, _ = k.shape
+        heads = Heads.of(q, k, v, in_two=config.heads_in_two)
+        mode, self._acc = mode_of(q.dtype, options), accumulator(q.dtype)
+        self._scale, self.fused = options.scale, fused
+        self._delta = DeltaLaunch(out, dout, dlse, heads, mode)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, v))
+        dq_sum = dq.to(self._acc) if fused else dq
+        self._strides = [x.stride()[:2] for x in (q, k, v, dout, dq_sum, dk, dv)]
 
-    def partial_sums(lists: KeyLists, tile: Tile, dim: int) -> torch.Tensor:
-        return k.new_empty(lists.num_slots, num_kv_heads, tile.block_n, dim, dtype=acc)
-
-    dk_part = partial_sums(tables.keys, config.keys, q.shape[2])
-    dv_part = partial_sums(of_values, values_tile, v.shape[2])
-    backward_kernel[(tables.order.shape[0] * num_kv_heads,)](
-        **descriptors_of("q", q, config.keys.block_m, heads.qk, used=descriptors),
-        **descriptors_of("do", dout, config.keys.block_m, heads.vo, used=descriptors),
-        **descriptors_of("value_q", q, values_tile.block_m, heads.qk, used=descriptors and apart),
-        **descriptors_of(
-            "value_do", dout, values_tile.block_m, heads.vo, used=descriptors and apart
-        ),
-        **descriptors_of("k", k, config.queries.block_n, heads.qk, used=descriptors),
-        **descriptors_of("v", v, config.queries.block_n, heads.vo, used=descriptors),
+        apart = config.values is not None
+        of_values = tables.keys if tables.values is None else tables.values
+        values_tile = config.keys if config.values is None else config.values
+        descriptors = config.backward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
         # The interpreter knows no sums by descriptor.
-        **descriptors_of("dq", dq_sum, config.keys.block_m, heads.qk, used=reduce),
-        q_rows=Rows.of(q),
-        k_rows=Rows.of(k),
-        v_rows=Rows.of(v),
-        dout_rows=Rows.of(dout),
-        lse_log2_ptr=lse_log2,
-        delta_ptr=delta,
-        dq_rows=Rows.of(dq_sum),
-        dk_rows=Rows.of(dk),
-        dv_rows=Rows.of(dv),
-        dk_part_ptr=dk_part,
-        dv_part_ptr=dv_part,
-        rule_ptr=tables.rule,
-        order_ptr=tables.order,
-        key_table=KeyTable(tables.keys.items, tables.keys.rows),
-        value_table=KeyTable(of_values.items, of_values.rows) if apart else None,
-        query_table=QueryTable(tables.query_items, tables.columns, tables.masked),
-        num_queries=num_queries,
-        num_keys=num_keys,
-        num_key_items=tables.keys.items.shape[0],
-        num_value_items=of_values.items.shape[0] if apart else None,
-        num_entries=tables.order.shape[0],
-        num_kv_heads=num_kv_heads,
-        heads_per_section=section,
-        scale=scalar_argument(options.scale, q.dtype),
-        softcap=scalar_argument(options.softcap or 1.0, q.dtype),
-        window_size=options.window_size or 0,
-        HEADS=heads,
-        KEYS=config.keys,
-        VALUES=config.values,
-        QUERIES=config.queries,
-        MODE=mode,
-        SUBSET=num_queries < num_keys,
-        FUSED=fused,
-        DESCRIPTORS=descriptors,
-        REDUCE=reduce,
-        EIGHTS=suits_eights(heads, q, k, v, dout, dq_sum, dk, dv),
-        num_warps=config.backward_warps,
-        enable_fp_fusion=True,
-    )
+        reduce = fused and not INTERPRETED
+        q_rows, value_q_rows, keys = (
+            config.keys.block_m,
+            values_tile.block_m,
+            config.queries.block_n,
+        )
+        self._loads = [
+            TmaLoads("q", q, q_rows, heads.qk, used=descriptors),
+            TmaLoads("do", dout, q_rows, heads.vo, used=descriptors),
+            TmaLoads("value_q", q, value_q_rows, heads.qk, used=descriptors and apart),
+            TmaLoads("value_do", dout, value_q_rows, heads.vo, used=descriptors and apart),
+            TmaLoads("k", k, keys, heads.qk, used=descriptors),
+            TmaLoads("v", v, keys, heads.vo, used=descriptors),
+            TmaLoads("dq", dq_sum, q_rows, heads.qk, used=reduce),
+        ]
 
-    if fused:
-        # (B9)
-        torch.mul(dq_sum, options.scale, out=dq)
-    for part, grad, lists in ((dk_part, dk, tables.keys), (dv_part, dv, of_values)):
-        if not lists.num_slots:
-            continue
-        part_n, columns = part.shape[2], Columns.of(part.shape[3], in_two=False)
-        block_n = min(part_n, REDUCED_TILE // columns.widths[0])
-        reduce_kernel[(lists.splits.shape[0], num_kv_heads, part_n // block_n)](
-            part_ptr=part,
-            grad_rows=Rows.of(grad),
-            splits_ptr=lists.splits,
-            num_kv_heads=num_kv_heads,
-            COLUMNS=columns,
-            PART_N=part_n,
-            BLOCK_N=block_n,
-            ACC=mode.acc,
-            num_warps=4,
+        # A head's programs read its K and V, and Q and dO of its query heads.
+        head_bytes = (num_keys * num_kv_heads + num_queries * num_heads) // num_kv_heads
+        section = config.heads_per_section(
+            num_kv_heads, head_bytes * k.itemsize * (q.shape[2] + v.shape[2])
+        )
+        self._parts = [
+            (lists.num_slots, num_kv_heads, tile.block_n, dim)
+            for lists, tile, dim in (
+                (tables.keys, config.keys, q.shape[2]),
+                (of_values, values_tile, v.shape[2]),
+            )
+        ]
+        constants = {
+            "rule_ptr": tables.rule,
+            "order_ptr": tables.order,
+            "key_table": KeyTable(tables.keys.items, tables.keys.rows),
+            "value_table": KeyTable(of_values.items, of_values.rows) if apart else None,
+            "query_table": QueryTable(tables.query_items, tables.columns, tables.masked),
+            "num_queries": num_queries,
+            "num_keys": num_keys,
+            "num_key_items": tables.keys.items.shape[0],
+            "num_value_items": of_values.items.shape[0] if apart else None,
+            "num_entries": tables.order.shape[0],
+            "num_kv_heads": num_kv_heads,
+            "heads_per_section": section,
+            "scale": scalar_argument(options.scale, q.dtype),
+            "softcap": scalar_argument(options.softcap or 1.0, q.dtype),
+            "window_size": options.window_size or 0,
+            "HEADS": heads,
+            "KEYS": config.keys,
+            "VALUES": config.values,
+            "QUERIES": config.queries,
+            "MODE": mode,
+            "SUBSET": num_queries < num_keys,
+            "FUSED": fused,
+            "DESCRIPTORS": descriptors,
+            "REDUCE": reduce,
+            "EIGHTS": suits_eights(heads, q, k, v, dout, dq_sum, dk, dv),
+        }
+        self._launch = Launch(
+            backward_kernel,
+            (tables.order.shape[0] * num_kv_heads, 1, 1),
+            constants,
+            num_warps=config.backward_warps,
             enable_fp_fusion=True,
         )
-    dsinks = None
-    if sinks is not None:
-        # dsink = -sum_r P_sink delta, P_sink = exp(sink - LSE)                             (B10)
-        p_sink = torch.exp(sinks.to(acc)[:, None] - lse)
-        dsinks = -(p_sink * delta).sum(1).to(sinks.dtype)
-    return dq, dk, dv, dsinks
+        self._reduce_dk, self._reduce_dv = (
+            ReduceLaunch(lists.splits, grad, part[2], mode) if lists.num_slots else None
+            for lists, grad, part in zip(
+                (tables.keys, of_values), (dk, dv), self._parts, strict=True
+            )
+        )
+
+    def __call__(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Runs the preprocess, the backward kernel and the reduction of split tiles.
+
+        Args:
+            dout: (Tq, Hq, DV).
+            q: (Tq, Hq, D).
+            k: (T, Hkv, D).
+            v: (T, Hkv, DV).
+            out: (Tq, Hq, DV), of the forward pass.
+            lse: (Hq, Tq), contiguous, of the forward pass.
+            dlse: (Hq, Tq), contiguous, or None.
+            sinks: (Hq,), or None.
+
+        Returns:
+            dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.
+        """
+        delta, lse_log2 = self._delta(out, dout, lse, dlse)
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dq_sum = q.new_zeros(q.shape, dtype=self._acc) if self.fused else dq
+        # Where no tile is split, nothing is written there.
+        dk_part, dv_part = (
+            k.new_empty(shape, dtype=self._acc) if shape[0] else delta for shape in self._parts
+        )
+        aligned = are_aligned(q, k, v, dout, lse_log2, delta, dq_sum, dk, dv, dk_part, dv_part)
+        of_q, of_k, of_v, of_dout, of_dq, of_dk, of_dv = self._strides
+        descriptors = {}
+        for loads, x in zip(self._loads, (q, dout, q, dout, k, v, dq_sum), strict=True):
+            descriptors |= loads.of(x, aligned=aligned)
+        self._launch(
+            aligned=aligned,
+            **descriptors,
+            q_rows=Rows(q, *of_q),
+            k_rows=Rows(k, *of_k),
+            v_rows=Rows(v, *of_v),
+            dout_rows=Rows(dout, *of_dout),
+            lse_log2_ptr=lse_log2,
+            delta_ptr=delta,
+            dq_rows=Rows(dq_sum, *of_dq),
+            dk_rows=Rows(dk, *of_dk),
+            dv_rows=Rows(dv, *of_dv),
+            dk_part_ptr=dk_part,
+            dv_part_ptr=dv_part,
+        )
+        if self.fused:
+            # (B9)
+            torch.mul(dq_sum, self._scale, out=dq)
+        if self._reduce_dk is not None:
+            self._reduce_dk(dk_part, dk)
+        if self._reduce_dv is not None:
+            self._reduce_dv(dv_part, dv)
+        dsinks = None
+        if sinks is not None:
+            # dsink = -sum_r P_sink delta, P_sink = exp(sink - LSE)                         (B10)
+            p_sink = torch.exp(sinks.to(self._acc)[:, None] - lse)
+            dsinks = -(p_sink * delta).sum(1).to(sinks.dtype)
+        return dq, dk, dv, dsinks

@@ -28,13 +28,14 @@ from prefix_attn.kernels.arguments import (
     row_floor,
 )
 from prefix_attn.kernels.config import Config, suits_tma
+from prefix_attn.kernels.launch import Launch, are_aligned
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import (
     LN2,
     LOG2E,
+    TmaLoads,
     accumulator,
     by_eights,
-    descriptors_of,
     divided,
     dot_transposed,
     entry_and_head,
@@ -167,67 +168,91 @@ class ForwardTables:
     masked: torch.Tensor
 
 
-def launch_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    tables: ForwardTables,
-    options: Options,
-    config: Config,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the forward kernel.
+class ForwardLaunch:
+    """The forward kernel, for calls of one kind: shapes, strides, dtypes, work list and options."""
 
-    Args:
-        q: (Tq, Hq, D), last dimension contiguous.
-        k: (T, Hkv, D), likewise.
-        v: (T, Hkv, DV), likewise.
-        sinks: (Hq,), or None.
-        tables: work list made for `config.forward`.
-        options: of the call.
-        config: tile shapes.
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        tables: ForwardTables,
+        options: Options,
+        config: Config,
+    ) -> None:
+        """Fixes all arguments of the kernel but tensors.
 
-    Returns:
-        out (Tq, Hq, DV) and lse (Hq, Tq), natural log.
-    """
-    num_queries, num_heads, _ = q.shape
-    num_keys, num_kv_heads, _ = k.shape
-    heads = Heads.of(q, k, v, in_two=config.heads_in_two)
-    out = q.new_empty(num_queries, num_heads, v.shape[2])
-    lse = q.new_empty(num_heads, num_queries, dtype=accumulator(q.dtype))
-    descriptors = config.forward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
-    limit = {} if config.forward_registers is None else {"maxnreg": config.forward_registers}
-    num_items = tables.items.shape[0]
-    section = config.heads_per_section(
-        num_kv_heads, num_keys * (k.shape[2] + v.shape[2]) * k.itemsize
-    )
-    forward_kernel[(num_items * num_heads,)](
-        q_rows=Rows.of(q),
-        k_rows=Rows.of(k),
-        v_rows=Rows.of(v),
-        **descriptors_of("k", k, config.forward.block_n, heads.qk, used=descriptors),
-        **descriptors_of("v", v, config.forward.block_n, heads.vo, used=descriptors),
-        sinks_ptr=lse if sinks is None else sinks,
-        out_rows=Rows.of(out),
-        lse_ptr=lse,
-        rule_ptr=tables.rule,
-        query_table=QueryTable(tables.items, tables.columns, tables.masked),
-        num_queries=num_queries,
-        num_keys=num_keys,
-        num_items=num_items,
-        heads_per_section=section * heads.group,
-        scale=scalar_argument(options.scale, q.dtype),
-        softcap=scalar_argument(options.softcap or 1.0, q.dtype),
-        window_size=options.window_size or 0,
-        HEADS=heads,
-        TILE=config.forward,
-        MODE=mode_of(q.dtype, options),
-        NEGATIVE_SCALE=options.scale < 0 and options.softcap is None,
-        SINKS=sinks is not None,
-        DESCRIPTORS=descriptors,
-        EIGHTS=suits_eights(heads, q, k, v, out),
-        num_warps=config.forward_warps,
-        **limit,
-        enable_fp_fusion=True,
-    )
-    return out, lse
+        Args:
+            q: (Tq, Hq, D), last dimension contiguous.
+            k: (T, Hkv, D), likewise.
+            v: (T, Hkv, DV), likewise.
+            sinks: (Hq,), or None.
+            tables: work list made for `config.forward`.
+            options: of the call.
+            config: tile shapes.
+        """
+        num_queries, num_heads, _ = q.shape
+        num_keys, num_kv_heads, _ = k.shape
+        heads = Heads.of(q, k, v, in_two=config.heads_in_two)
+        self._out, self._lse = (num_queries, num_heads, v.shape[2]), (num_heads, num_queries)
+        self._acc = accumulator(q.dtype)
+        out = q.new_empty(self._out, device="meta")
+        self._strides = [x.stride()[:2] for x in (q, k, v, out)]
+        descriptors = config.forward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
+        block_n = config.forward.block_n
+        self._k_loads = TmaLoads("k", k, block_n, heads.qk, used=descriptors)
+        self._v_loads = TmaLoads("v", v, block_n, heads.vo, used=descriptors)
+        limit = {} if config.forward_registers is None else {"maxnreg": config.forward_registers}
+        num_items = tables.items.shape[0]
+        section = config.heads_per_section(
+            num_kv_heads, num_keys * (k.shape[2] + v.shape[2]) * k.itemsize
+        )
+        constants = {
+            "rule_ptr": tables.rule,
+            "query_table": QueryTable(tables.items, tables.columns, tables.masked),
+            "num_queries": num_queries,
+            "num_keys": num_keys,
+            "num_items": num_items,
+            "heads_per_section": section * heads.group,
+            "scale": scalar_argument(options.scale, q.dtype),
+            "softcap": scalar_argument(options.softcap or 1.0, q.dtype),
+            "window_size": options.window_size or 0,
+            "HEADS": heads,
+            "TILE": config.forward,
+            "MODE": mode_of(q.dtype, options),
+            "NEGATIVE_SCALE": options.scale < 0 and options.softcap is None,
+            "SINKS": sinks is not None,
+            "DESCRIPTORS": descriptors,
+            "EIGHTS": suits_eights(heads, q, k, v, out),
+        }
+        self._launch = Launch(
+            forward_kernel,
+            (num_items * num_heads, 1, 1),
+            constants,
+            num_warps=config.forward_warps,
+            **limit,
+            enable_fp_fusion=True,
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the kernel: out (Tq, Hq, DV) and lse (Hq, Tq), natural log."""
+        out = q.new_empty(self._out)
+        lse = q.new_empty(self._lse, dtype=self._acc)
+        sinks = lse if sinks is None else sinks
+        aligned = are_aligned(q, k, v, sinks, out, lse)
+        of_q, of_k, of_v, of_out = self._strides
+        self._launch(
+            aligned=aligned,
+            q_rows=Rows(q, *of_q),
+            k_rows=Rows(k, *of_k),
+            v_rows=Rows(v, *of_v),
+            **self._k_loads.of(k, aligned=aligned),
+            **self._v_loads.of(v, aligned=aligned),
+            sinks_ptr=sinks,
+            out_rows=Rows(out, *of_out),
+            lse_ptr=lse,
+        )
+        return out, lse

@@ -1,10 +1,9 @@
 """What a call asks for beyond its tensors. Free of Triton: every backend takes it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What changes the result.
 
     Attributes:

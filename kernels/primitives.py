@@ -4,6 +4,8 @@ Shapes: M query rows, N keys, D head dimension of Q and K, DV head dimension of 
 numbered as in docs/pages/math.md.
 """
 
+from itertools import zip_longest
+
 import torch
 import triton
 import triton.language as tl
@@ -261,29 +263,53 @@ def suits_eights(heads: Heads, *tensors: torch.Tensor) -> bool:
     )
 
 
-def descriptors_of(
-    name: str, x: torch.Tensor, block_rows: int, columns: Columns, *, used: bool
-) -> dict[str, TensorDescriptor | None]:
-    """The arguments NAME_desc and NAME_rest_desc of a kernel: (T, H, D) as TMA loads it.
+class TmaLoads:
+    """How TMA loads tensors (T, H, D) of one kind: the arguments NAME_desc and NAME_rest_desc."""
 
-    They describe tiles of block_rows rows of one head. The first one is None unless it is used, and
-    the second one where a single tile covers a head.
-    """
-    found: list[TensorDescriptor | None] = [None, None]
-    if used:
-        x = for_tma(x)
-        for i, width in enumerate(columns.widths):
-            found[i] = TensorDescriptor.from_tensor(x, [block_rows, 1, width])
-    return {f"{name}_desc": found[0], f"{name}_rest_desc": found[1]}
+    def __init__(
+        self, name: str, x: torch.Tensor, block_rows: int, columns: Columns, *, used: bool
+    ) -> None:
+        """Fixes what does not change.
+
+        Args:
+            name: of the tensor, in the names of the arguments.
+            x: a tensor of that kind.
+            block_rows: rows of one head in a tile.
+            columns: those of a head.
+            used: whether TMA loads the tensors at all.
+        """
+        widths = columns.widths if used else ()
+        self._blocks = [[block_rows, 1, width] for width in widths]
+        self._names = (f"{name}_desc", f"{name}_rest_desc")
+        self._suited = used and has_tma_strides(x)
+
+    def of(self, x: torch.Tensor, *, aligned: bool) -> dict[str, TensorDescriptor | None]:
+        """Both arguments, by name; the second one is None where one tile covers a head.
+
+        Args:
+            x: (T, H, D).
+            aligned: whether the address of x is known to be a multiple of 16.
+        """
+        if not self._blocks:
+            return dict.fromkeys(self._names)
+        if not (aligned and self._suited):
+            x = for_tma(x)
+        descriptors = [TensorDescriptor.from_tensor(x, block) for block in self._blocks]
+        return dict(zip_longest(self._names, descriptors))
+
+
+def has_tma_strides(x: torch.Tensor) -> bool:
+    """Whether rows and heads of (T, H, D) lie apart, and start at multiples of 16 bytes."""
+    unit = 16 // x.itemsize
+    row, head, _ = x.stride()
+    return row % unit == 0 and head % unit == 0 and row >= x.shape[2] and head >= x.shape[2]
 
 
 def for_tma(x: torch.Tensor) -> torch.Tensor:
     """(T, H, D) as TMA addresses it: a copy where rows or heads overlap or lie across 16 bytes."""
-    unit = 16 // x.itemsize
-    row, head, _ = x.stride()
-    aligned = x.data_ptr() % 16 == 0 and row % unit == 0 and head % unit == 0
-    apart = row >= x.shape[2] and head >= x.shape[2]
-    return x if aligned and apart else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % 16 == 0 and has_tma_strides(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def rows_for_tma(x: torch.Tensor) -> torch.Tensor:

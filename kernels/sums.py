@@ -1,10 +1,19 @@
 """What is summed before and after the backward kernel: delta, and partial sums of dK and dV."""
 
+import torch
 import triton
 import triton.language as tl
 
-from prefix_attn.kernels.arguments import Rows
-from prefix_attn.kernels.primitives import LOG2E, by_eights, load_rows, store_rows, zero_tile
+from prefix_attn.kernels.arguments import Columns, Heads, Mode, Rows
+from prefix_attn.kernels.launch import Launch, are_aligned
+from prefix_attn.kernels.primitives import (
+    LOG2E,
+    by_eights,
+    load_rows,
+    store_rows,
+    suits_eights,
+    zero_tile,
+)
 
 DELTA_BLOCK_M = 64
 # Entries of the tiles in which partial sums are added: more leave no registers.
@@ -74,3 +83,88 @@ def reduce_kernel(
         rows = part_rows(part_ptr, COLUMNS.size)
         acc += load_rows(rows, part, kv_head, mask_n, offs_n, COLUMNS)[0]
     store_rows(grad_rows, col0, kv_head, (acc,), mask_n, offs_n, COLUMNS)
+
+
+class DeltaLaunch:
+    """The kernel of delta, for calls of one kind: shapes, strides and dtypes."""
+
+    def __init__(
+        self,
+        out: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        heads: Heads,
+        mode: Mode,
+    ) -> None:
+        """Fixes all arguments of the kernel but tensors.
+
+        Args:
+            out: (Tq, Hq, DV), last dimension contiguous.
+            dout: likewise.
+            dlse: (Hq, Tq), contiguous, or None.
+            heads: of the call.
+            mode: of the call.
+        """
+        num_queries, num_heads, head_dim_v = out.shape
+        self._strides = [x.stride()[:2] for x in (out, dout)]
+        constants = {
+            "num_queries": num_queries,
+            "COLUMNS": Columns.of(head_dim_v, in_two=False),
+            "BLOCK_M": DELTA_BLOCK_M,
+            "HAS_DLSE": dlse is not None,
+            "ACC": mode.acc,
+            "EIGHTS": suits_eights(heads, out, dout),
+        }
+        grid = (triton.cdiv(num_queries, DELTA_BLOCK_M), num_heads, 1)
+        self._launch = Launch(delta_kernel, grid, constants, num_warps=4, enable_fp_fusion=True)
+
+    def __call__(
+        self, out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the kernel: delta and the LSE in log2 units, (Hq, Tq) as lse is."""
+        delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+        dlse = lse if dlse is None else dlse
+        of_out, of_dout = self._strides
+        self._launch(
+            aligned=are_aligned(out, dout, lse, dlse, delta, lse_log2),
+            out_rows=Rows(out, *of_out),
+            dout_rows=Rows(dout, *of_dout),
+            lse_ptr=lse,
+            dlse_ptr=dlse,
+            delta_ptr=delta,
+            lse_log2_ptr=lse_log2,
+        )
+        return delta, lse_log2
+
+
+class ReduceLaunch:
+    """The kernel that adds the partial sums of one work list of key tiles."""
+
+    def __init__(self, splits: torch.Tensor, grad: torch.Tensor, part_n: int, mode: Mode) -> None:
+        """Fixes all arguments of the kernel but tensors.
+
+        Args:
+            splits: (n, 4), of `schedule.KeyTiles`.
+            grad: (T, Hkv, D), what the sums become.
+            part_n: keys of a tile.
+            mode: of the call.
+        """
+        _, num_kv_heads, head_dim = grad.shape
+        columns = Columns.of(head_dim, in_two=False)
+        block_n = min(part_n, REDUCED_TILE // columns.widths[0])
+        self._strides = grad.stride()[:2]
+        constants = {
+            "splits_ptr": splits,
+            "num_kv_heads": num_kv_heads,
+            "COLUMNS": columns,
+            "PART_N": part_n,
+            "BLOCK_N": block_n,
+            "ACC": mode.acc,
+        }
+        grid = (splits.shape[0], num_kv_heads, part_n // block_n)
+        self._launch = Launch(reduce_kernel, grid, constants, num_warps=4, enable_fp_fusion=True)
+
+    def __call__(self, part: torch.Tensor, grad: torch.Tensor) -> None:
+        """Adds (slots, Hkv, part_n, D) up in grad."""
+        aligned = are_aligned(part, grad)
+        self._launch(aligned=aligned, part_ptr=part, grad_rows=Rows(grad, *self._strides))

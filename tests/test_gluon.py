@@ -478,9 +478,9 @@ def test_gluon_launcher_takes_no_queries(monkeypatch):
         ({"arch": "gfx942"}, "got gfx942"),
         ({"dtype": torch.float32}, "got torch.float32"),
         ({"head_dim_v": 80}, "DV 80"),
-        ({"options": replace(PLAIN, window_size=4)}, "no window_size"),
-        ({"options": replace(PLAIN, softcap=30.0)}, "no softcap"),
-        ({"options": replace(PLAIN, prefix_causal=False)}, "no prefix_causal=False"),
+        ({"options": PLAIN._replace(window_size=4)}, "no window_size"),
+        ({"options": PLAIN._replace(softcap=30.0)}, "no softcap"),
+        ({"options": PLAIN._replace(prefix_causal=False)}, "no prefix_causal=False"),
         ({"sinks": torch.zeros(2)}, "no sinks"),
     ],
 )

@@ -7,7 +7,6 @@ import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -158,7 +157,7 @@ def test_operators_have_no_default_arguments() -> None:
 
 def test_operators_take_the_fields_of_options() -> None:
     """In their order: both build `Options` from what stands between the tensors and the backend."""
-    names = [field.name for field in fields(Options)]
+    names = Options._fields
     for op in (torch.ops.prefix_attn.forward.default, torch.ops.prefix_attn.backward.default):
         arguments = [x.name for x in op._schema.arguments]
         assert arguments[arguments.index("segments") + 1 :] == [*names, "backend"]

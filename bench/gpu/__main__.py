@@ -161,13 +161,16 @@ def _prepare_dry_run() -> None:
 
 def _stand_in_for_gluon() -> None:
     """Has the interpreter run the usual forward where it can't run Gluon."""
-    from prefix_attn.kernels import forward, gluon_forward
+    from prefix_attn.kernels import gluon_forward
     from prefix_attn.kernels.config import INTERPRETER
+    from prefix_attn.kernels.forward import ForwardLaunch
 
     stand_ins = {
         "why_not": lambda *_: None,
         "select_tile": lambda *_: INTERPRETER.forward,
-        "launch_gluon_forward": forward.launch_forward,
+        "launch_gluon_forward": lambda q, k, v, sinks, *fixed: ForwardLaunch(
+            q, k, v, sinks, *fixed
+        )(q, k, v, sinks),
     }
     for name, stand_in in stand_ins.items():
         setattr(gluon_forward, name, stand_in)

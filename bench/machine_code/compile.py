@@ -69,14 +69,15 @@ def _launch(program: Program) -> Any:
 
     from prefix_attn import PrefixLayout, prefix_attention
     from prefix_attn.backends import triton as triton_backend
-    from prefix_attn.kernels import backward, forward
+    from prefix_attn.content import content_of
+    from prefix_attn.kernels import backward, forward, sums
 
     wanted, compiled = f"{program.kernel}_kernel", list[Any]()
     stand_ins: list[tuple[Any, str, Any]] = [
         (triton_backend, "config_for", lambda *_: program.config),
         (triton_backend, "why_not", lambda *_, **__: None),
     ]
-    for module in (forward, backward):
+    for module in (forward, backward, sums):
         for name, value in vars(module).items():
             if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 # What is not wanted does nothing at all.
@@ -90,6 +91,7 @@ def _launch(program: Program) -> Any:
         arguments |= OPTIONS[option]
     if segments := arguments.pop("queries_for", None):
         layout = layout.queries_for(segments)
+    content_of(layout.segments).kept.clear()  # the launches of the program before
     head_dim, head_dim_v = program.dims
     sizes = (
         (layout.num_queries, HEADS, head_dim),

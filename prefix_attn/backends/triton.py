@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 from prefix_attn.backends import FORWARD_VARIABLE, tuning
 from prefix_attn.backends.tables import Tables, Wanted, tables_of
 from prefix_attn.content import Content, content_of
-from prefix_attn.kernels.backward import launch_backward
+from prefix_attn.kernels.backward import BackwardLaunch
 from prefix_attn.kernels.config import INTERPRETER, Config, select_config, why_no_tiles
-from prefix_attn.kernels.forward import launch_forward
+from prefix_attn.kernels.forward import ForwardLaunch
 from prefix_attn.kernels.options import Options
 from prefix_attn.kernels.primitives import INTERPRETED, dot_precision
 
@@ -33,38 +33,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, DV) and lse (Hq, Tq) of packed q, k, v under the layout of `segments`."""
     with_backward = q.requires_grad or k.requires_grad or v.requires_grad
-    q, k, v = (_addressable(x) for x in (q, k, v))
+    q, k, v = _addressable(q), _addressable(k), _addressable(v)
     sinks = None if sinks is None else sinks.contiguous()
     content = content_of(segments)
-    told = _as_kernels_see(content, options)
-    plan = _plan(q, v, sinks, told)
-    tables = _tables(plan, q, k, content, options, with_backward=with_backward)
+    kind = (forward, *_kind(options, (q, v, k), (sinks,)))
     with _current(q):
-        tables.use()
-        return plan.launch_forward(q, k, v, sinks, tables.forward, told, plan.config)
-
-
-def _forward_kernel(
-    q: Tensor, v: Tensor, sinks: Tensor | None, options: Options
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], Config]:
-    """The launcher that `PREFIX_ATTN_FORWARD` names, "triton" by default, and its configuration."""
-    config, name = config_for(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
-    if name == "triton":
-        return launch_forward, config
-    if name != "gluon":
-        raise ValueError(f"{FORWARD_VARIABLE} must be triton or gluon, got {name!r}")
-    try:
-        from prefix_attn.kernels import gluon_forward
-    except ImportError as error:
-        raise NotImplementedError(
-            f"{FORWARD_VARIABLE}=gluon: this Triton has no such Gluon ({error})"
-        ) from error
-    arch = arch_of(q.device) if q.is_cuda else 0
-    reason = gluon_forward.why_not(arch, q.dtype, q.shape[2], v.shape[2], options, sinks)
-    if reason is not None:
-        raise NotImplementedError(f"{FORWARD_VARIABLE}=gluon can't serve this call: {reason}")
-    tile = gluon_forward.select_tile(q.shape[2], v.shape[2])
-    return gluon_forward.launch_gluon_forward, replace(config, forward=tile)
+        kept: _Kept | None = content.kept.get(kind)
+        if kept is None:
+            plan = _plan(q, v, sinks, content, options)
+            tables = _tables(plan, q, k, content, options, with_backward=with_backward)
+            launch = plan.forward(q, k, v, sinks, tables.forward, plan.options, plan.config)
+            kept = content.kept[kind] = _Kept(tables, launch)
+        kept.tables.use()
+        found: tuple[Tensor, Tensor] = kept.launch(q, k, v, sinks)
+        return found
 
 
 def backward(
@@ -80,42 +62,114 @@ def backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks; the gradient of a prefix is summed over its members and query heads."""
-    dout, q, k, v, out = (_addressable(x) for x in (dout, q, k, v, out))
+    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    dout, out, lse = _addressable(dout), _addressable(out), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    lse = lse.contiguous()
     content = content_of(segments)
-    told = _as_kernels_see(content, options)
-    plan = _plan(q, v, sinks, told)
-    tables = _tables(plan, q, k, content, options, with_backward=True)
+    kind = (backward, *_kind(options, (q, v, k, dout, out), (sinks, lse, dlse)))
     with _current(q):
-        lists = tables.backward
-        tables.use()
-        arguments = (dout, q, k, v, out, lse, dlse, sinks, lists, told, plan.config)
-        return launch_backward(*arguments, fused=plan.fused)
+        kept: _Kept | None = content.kept.get(kind)
+        if kept is None:
+            plan = _plan(q, v, sinks, content, options)
+            tables = _tables(plan, q, k, content, options, with_backward=True)
+            like = (dout, q, k, v, out, dlse, tables.backward)
+            launch = BackwardLaunch(*like, plan.options, plan.config, fused=plan.fused)
+            kept = content.kept[kind] = _Kept(tables, launch)
+        kept.tables.use()
+        arguments = (dout, q, k, v, out, lse, dlse, sinks)
+        found: tuple[Tensor, Tensor, Tensor, Tensor | None] = kept.launch(*arguments)
+        return found
+
+
+class _Kept(NamedTuple):
+    """What the calls of one kind share.
+
+    Attributes:
+        tables: of the layout.
+        launch: the kernels of a pass, with all their arguments but the tensors.
+    """
+
+    tables: Tables
+    launch: Callable[..., Any]
+
+
+def _kind(
+    options: Options, tensors: Sequence[Tensor], contiguous: Sequence[Tensor | None]
+) -> tuple[Hashable, ...]:
+    """All that decides what is launched for a call on one layout, but addresses.
+
+    Args:
+        options: of the call.
+        tensors: q, v and others.
+        contiguous: those whose shapes follow from theirs, as far as there are such.
+    """
+    q, v = tensors[:2]
+    return (
+        options,
+        config_for(q, v),
+        dot_precision(q.dtype),
+        os.environ.get(FORWARD_VARIABLE, "triton"),
+        _any_order(options),
+        q.device,
+        *[(x.dtype, x.shape, x.stride()) for x in tensors],
+        *[None if x is None else x.dtype for x in contiguous],
+    )
 
 
 class _Plan(NamedTuple):
     """What both passes of a call launch.
 
     Attributes:
-        launch_forward: the launcher of the forward pass.
+        forward: makes the launch of the forward pass.
+        options: as kernels see them.
         config: for both passes, with the tile of keys that suits the options.
         fused: whether programs that own keys add up dQ.
     """
 
-    launch_forward: Callable[..., tuple[Tensor, Tensor]]
+    forward: Callable[..., Callable[..., tuple[Tensor, Tensor]]]
+    options: Options
     config: Config
     fused: bool
 
 
-def _plan(q: Tensor, v: Tensor, sinks: Tensor | None, options: Options) -> _Plan:
-    launch_forward, config = _forward_kernel(q, v, sinks, options)
+def _plan(q: Tensor, v: Tensor, sinks: Tensor | None, content: Content, options: Options) -> _Plan:
+    options = _as_kernels_see(content, options)
+    forward, config = _forward_kernel(q, v, sinks, options)
     fused = config.fused is not None and _any_order(options)
     softcap_window = options.softcap is not None and options.window_size is not None
     keys = config.keys_for(fused=fused, softcap_window=softcap_window)
     if keys is not config.keys:
         config = replace(config, keys=keys)
-    return _Plan(launch_forward, config, fused)
+    return _Plan(forward, options, config, fused)
+
+
+def _forward_kernel(
+    q: Tensor, v: Tensor, sinks: Tensor | None, options: Options
+) -> tuple[Callable[..., Callable[..., tuple[Tensor, Tensor]]], Config]:
+    """What `PREFIX_ATTN_FORWARD` names, "triton" by default, and its configuration."""
+    config, name = config_for(q, v), os.environ.get(FORWARD_VARIABLE, "triton")
+    if name == "triton":
+        return ForwardLaunch, config
+    if name != "gluon":
+        raise ValueError(f"{FORWARD_VARIABLE} must be triton or gluon, got {name!r}")
+    try:
+        from prefix_attn.kernels import gluon_forward
+    except ImportError as error:
+        raise NotImplementedError(
+            f"{FORWARD_VARIABLE}=gluon: this Triton has no such Gluon ({error})"
+        ) from error
+    arch = arch_of(q.device) if q.is_cuda else 0
+    reason = gluon_forward.why_not(arch, q.dtype, q.shape[2], v.shape[2], options, sinks)
+    if reason is not None:
+        raise NotImplementedError(f"{FORWARD_VARIABLE}=gluon can't serve this call: {reason}")
+    tile = gluon_forward.select_tile(q.shape[2], v.shape[2])
+
+    def launch(
+        q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *fixed: Any
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda *tensors: gluon_forward.launch_gluon_forward(*tensors, *fixed)
+
+    return launch, replace(config, forward=tile)
 
 
 def _as_kernels_see(content: Content, options: Options) -> Options:
@@ -125,7 +179,7 @@ def _as_kernels_see(content: Content, options: Options) -> Options:
     """
     forest = content.forest(options.window_size, options.prefix_causal)
     causal = not forest.bidirectional.any()
-    return options if causal == options.prefix_causal else replace(options, prefix_causal=causal)
+    return options if causal == options.prefix_causal else options._replace(prefix_causal=causal)
 
 
 def _tables(

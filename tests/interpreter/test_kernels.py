@@ -15,7 +15,8 @@ from triton.runtime.interpreter import TensorDescHandle
 
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends import triton as triton_backend
-from prefix_attn.kernels import backward
+from prefix_attn.content import content_of
+from prefix_attn.kernels import backward, sums
 from prefix_attn.kernels.config import INTERPRETER, Tile
 from prefix_attn.testing import (
     Inputs,
@@ -194,19 +195,18 @@ def test_triton_adds_up_dq_either_way_round(block_m, monkeypatch):
 
 
 def test_split_layout_really_splits(monkeypatch):
-    slots = []
-    launch = backward.launch_backward
+    tables = []
+    launch = triton_backend.BackwardLaunch
 
     def recorded(*arguments, **named):
-        slots.append(
-            next(x for x in arguments if isinstance(x, backward.BackwardTables)).keys.num_slots
-        )
+        tables.extend(x for x in arguments if isinstance(x, backward.BackwardTables))
         return launch(*arguments, **named)
 
-    monkeypatch.setattr(triton_backend, "launch_backward", recorded)
+    monkeypatch.setattr(triton_backend, "BackwardLaunch", recorded)
+    content_of(SPLIT.segments).kept.clear()
     _check(SPLIT, 4, 1, 16, 16, torch.float32)
-    assert slots
-    assert slots[0] > 2
+    (made,) = tables
+    assert made.keys.num_slots > 2
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_triton_sums_dk_and_dv_apart(descriptors, deterministic, monkeypatch, gu
     apart = replace(INTERPRETER, values=Tile(16, 16), backward_descriptors=descriptors)
     monkeypatch.setattr(triton_backend, "config_for", lambda q, v: apart)
     monkeypatch.setattr(triton_backend, "_any_order", lambda options: not deterministic)
-    monkeypatch.setattr(backward, "REDUCED_TILE", 8 * 16)
+    monkeypatch.setattr(sums, "REDUCED_TILE", 8 * 16)
     inputs = Inputs.random(layout, (4, 1), (16, 24), torch.float64)
     results = attention_results(_on_triton(layout), inputs)
     assert guard.launches == 5  # the forward pass, delta, the backward and two sums

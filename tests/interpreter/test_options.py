@@ -156,13 +156,13 @@ def test_interpreter_replaces_the_language_once_a_launch(monkeypatch):
 
 def test_every_switch_for_determinism_overrules_the_fused_backward(monkeypatch):
     seen = []
-    launch = backward.launch_backward
+    launch = backward.BackwardLaunch.__call__
 
-    def recorded(*arguments, fused):
-        seen.append(fused)
-        return launch(*arguments, fused=fused)
+    def recorded(self, *tensors):
+        seen.append(self.fused)
+        return launch(self, *tensors)
 
-    monkeypatch.setattr(triton_backend, "launch_backward", recorded)
+    monkeypatch.setattr(backward.BackwardLaunch, "__call__", recorded)
 
     def run(deterministic: bool | None) -> None:
         x = torch.randn(5, 1, 16, requires_grad=True)
