@@ -154,6 +154,48 @@ class Mode:
     precision: str
 
 
+@dataclass(frozen=True, eq=False)
+class ForwardTables:
+    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule.QueryTiles`.
+
+    `rule` is (1, T) or, with options, (4, T), with the rows that are named above: SEEN_UNTIL,
+    SEEN_FROM, POSITION, QUERY_ROW.
+    """
+
+    rule: torch.Tensor
+    items: torch.Tensor
+    columns: torch.Tensor
+    masked: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KeyLists:
+    """Device copies of `prefix_attn.backends.schedule.KeyTiles`: int32, shapes as there."""
+
+    items: torch.Tensor
+    rows: torch.Tensor
+    splits: torch.Tensor
+    num_slots: int
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardTables:
+    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule`.
+
+    `order` is the list of `backward_order`; `values` are the key tiles of the programs that sum dV,
+    or None if those of `keys` do; the last three are of `QueryTiles`, empty if fused; `rule` is
+    that of `ForwardTables`.
+    """
+
+    rule: torch.Tensor
+    order: torch.Tensor
+    keys: KeyLists
+    values: KeyLists | None
+    query_items: torch.Tensor
+    columns: torch.Tensor
+    masked: torch.Tensor
+
+
 def padded_dim(size: int) -> int:
     """Columns of a tile: a power of two, and at least the 16 that a product of tiles needs."""
     return max(16, 1 << (size - 1).bit_length())

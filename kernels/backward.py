@@ -19,14 +19,13 @@ adds, in float32 by TMA. S and dP are computed once: five products instead of se
 The full loop comes first in both: a masked loop before it would be serialised by the compiler.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from prefix_attn.kernels.arguments import (
     QUERY_ROW,
+    BackwardTables,
     Heads,
     KeyTable,
     QueryTable,
@@ -404,34 +403,6 @@ def backward_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class KeyLists:
-    """Device copies of `prefix_attn.backends.schedule.KeyTiles`: int32, shapes as there."""
-
-    items: torch.Tensor
-    rows: torch.Tensor
-    splits: torch.Tensor
-    num_slots: int
-
-
-@dataclass(frozen=True, eq=False)
-class BackwardTables:
-    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule`.
-
-    `order` is the list of `backward_order`; `values` are the key tiles of the programs that sum dV,
-    or None if those of `keys` do; the last three are of `QueryTiles`, empty if fused; `rule` is
-    that of `ForwardTables`.
-    """
-
-    rule: torch.Tensor
-    order: torch.Tensor
-    keys: KeyLists
-    values: KeyLists | None
-    query_items: torch.Tensor
-    columns: torch.Tensor
-    masked: torch.Tensor
-
-
 class BackwardLaunch:
     """All kernels of a backward pass, for calls of one kind, as that of `ForwardLaunch`.
 
@@ -511,6 +482,7 @@ class BackwardLaunch:
             )
         ]
         constants = {
+            **{name: None for loads in self._loads for name in loads.absent},
             "rule_ptr": tables.rule,
             "order_ptr": tables.order,
             "key_table": KeyTable(tables.keys.items, tables.keys.rows),
@@ -578,7 +550,7 @@ class BackwardLaunch:
             dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.
         """
         delta, lse_log2 = self._delta(out, dout, lse, dlse)
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         dq_sum = q.new_zeros(q.shape, dtype=self._acc) if self.fused else dq
         # Where no tile is split, nothing is written there.
         dk_part, dv_part = (

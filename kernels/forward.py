@@ -10,13 +10,12 @@ A window shortens the lists, a softcap bends the scores, a sink starts the softm
 about them, so that a kernel without them has nothing of them.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from prefix_attn.kernels.arguments import (
+    ForwardTables,
     Heads,
     QueryTable,
     Rows,
@@ -154,20 +153,6 @@ def forward_kernel(
     tl.store(lse_ptrs, lse, mask=mask_m)
 
 
-@dataclass(frozen=True, eq=False)
-class ForwardTables:
-    """Device copies of a schedule: int32, shapes as in `prefix_attn.backends.schedule.QueryTiles`.
-
-    `rule` is (1, T) or, with options, (4, T), with the rows that `arguments` names: SEEN_UNTIL,
-    SEEN_FROM, POSITION, QUERY_ROW.
-    """
-
-    rule: torch.Tensor
-    items: torch.Tensor
-    columns: torch.Tensor
-    masked: torch.Tensor
-
-
 class ForwardLaunch:
     """The forward kernel, for calls of one kind: shapes, strides, dtypes, work list and options."""
 
@@ -209,6 +194,8 @@ class ForwardLaunch:
             num_kv_heads, num_keys * (k.shape[2] + v.shape[2]) * k.itemsize
         )
         constants = {
+            **self._k_loads.absent,
+            **self._v_loads.absent,
             "rule_ptr": tables.rule,
             "query_table": QueryTable(tables.items, tables.columns, tables.masked),
             "num_queries": num_queries,

@@ -34,9 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prefix_attn.kernels import arguments, primitives
-from prefix_attn.kernels.arguments import QueryItem
+from prefix_attn.kernels.arguments import ForwardTables, QueryItem
 from prefix_attn.kernels.config import Config, Tile, version_of
-from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
 
 # How each Triton that this file was compiled with names the load of a tile.

@@ -4,7 +4,7 @@ Shapes: M query rows, N keys, D head dimension of Q and K, DV head dimension of 
 numbered as in docs/pages/math.md.
 """
 
-from itertools import zip_longest
+from typing import Any
 
 import torch
 import triton
@@ -264,7 +264,12 @@ def suits_eights(heads: Heads, *tensors: torch.Tensor) -> bool:
 
 
 class TmaLoads:
-    """How TMA loads tensors (T, H, D) of one kind: the arguments NAME_desc and NAME_rest_desc."""
+    """How TMA loads tensors (T, H, D) of one kind: the arguments NAME_desc and NAME_rest_desc.
+
+    Attributes:
+        absent: those of them that are None: both if TMA loads nothing, and the second one where one
+            tile covers a head.
+    """
 
     def __init__(
         self, name: str, x: torch.Tensor, block_rows: int, columns: Columns, *, used: bool
@@ -278,24 +283,35 @@ class TmaLoads:
             columns: those of a head.
             used: whether TMA loads the tensors at all.
         """
+        names = (f"{name}_desc", f"{name}_rest_desc")
         widths = columns.widths if used else ()
-        self._blocks = [[block_rows, 1, width] for width in widths]
-        self._names = (f"{name}_desc", f"{name}_rest_desc")
-        self._suited = used and has_tma_strides(x)
+        self._blocks = {n: [block_rows, 1, width] for n, width in zip(names, widths, strict=False)}
+        self.absent = dict.fromkeys(n for n in names if n not in self._blocks)
+        self._fields: dict[str, dict[str, Any]] | None = None
+        if used and has_tma_strides(x):
+            like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            self._fields = {n: vars(descriptor) for n, descriptor in self._described(like).items()}
 
-    def of(self, x: torch.Tensor, *, aligned: bool) -> dict[str, TensorDescriptor | None]:
-        """Both arguments, by name; the second one is None where one tile covers a head.
+    def of(self, x: torch.Tensor, *, aligned: bool) -> dict[str, TensorDescriptor]:
+        """The other arguments, by name.
 
         Args:
             x: (T, H, D).
             aligned: whether the address of x is known to be a multiple of 16.
         """
         if not self._blocks:
-            return dict.fromkeys(self._names)
-        if not (aligned and self._suited):
-            x = for_tma(x)
-        descriptors = [TensorDescriptor.from_tensor(x, block) for block in self._blocks]
-        return dict(zip_longest(self._names, descriptors))
+            return {}
+        if not aligned or self._fields is None:
+            return self._described(for_tma(x))
+        descriptors = {}
+        for name, fields in self._fields.items():
+            # Checked when the first one was made.
+            descriptors[name] = descriptor = TensorDescriptor.__new__(TensorDescriptor)
+            vars(descriptor).update(fields, base=x)
+        return descriptors
+
+    def _described(self, x: torch.Tensor) -> dict[str, TensorDescriptor]:
+        return {name: TensorDescriptor.from_tensor(x, b) for name, b in self._blocks.items()}
 
 
 def has_tma_strides(x: torch.Tensor) -> bool:

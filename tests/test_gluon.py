@@ -31,9 +31,8 @@ from prefix_attn.backends.reference import forward as reference_attention
 from prefix_attn.backends.schedule import QueryTiles
 from prefix_attn.forest import Forest
 from prefix_attn.kernels import gluon_forward, primitives
-from prefix_attn.kernels.arguments import QueryItem
+from prefix_attn.kernels.arguments import ForwardTables, QueryItem
 from prefix_attn.kernels.config import Tile, select_config
-from prefix_attn.kernels.forward import ForwardTables
 from prefix_attn.kernels.options import Options
 from prefix_attn.layout import PrefixLayout
 from prefix_attn.testing import assert_within_budget, forests

@@ -16,9 +16,8 @@ from torch import Tensor
 from prefix_attn.backends import schedule
 from prefix_attn.content import Content
 from prefix_attn.forest import Forest
-from prefix_attn.kernels.backward import BackwardTables, KeyLists
+from prefix_attn.kernels.arguments import BackwardTables, ForwardTables, KeyLists
 from prefix_attn.kernels.config import Config, Tile
-from prefix_attn.kernels.forward import ForwardTables
 
 # Tables start at multiples of so many integers, as tensors of their own would: 128 bytes.
 ALIGNMENT = 32

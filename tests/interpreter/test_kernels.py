@@ -16,7 +16,8 @@ from triton.runtime.interpreter import TensorDescHandle
 from prefix_attn import PrefixLayout, prefix_attention
 from prefix_attn.backends import triton as triton_backend
 from prefix_attn.content import content_of
-from prefix_attn.kernels import backward, sums
+from prefix_attn.kernels import sums
+from prefix_attn.kernels.arguments import BackwardTables
 from prefix_attn.kernels.config import INTERPRETER, Tile
 from prefix_attn.testing import (
     Inputs,
@@ -199,7 +200,7 @@ def test_split_layout_really_splits(monkeypatch):
     launch = triton_backend.BackwardLaunch
 
     def recorded(*arguments, **named):
-        tables.extend(x for x in arguments if isinstance(x, backward.BackwardTables))
+        tables.extend(x for x in arguments if isinstance(x, BackwardTables))
         return launch(*arguments, **named)
 
     monkeypatch.setattr(triton_backend, "BackwardLaunch", recorded)
