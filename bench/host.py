@@ -1,8 +1,9 @@
 """Times what a layer call costs on the host: `python -m bench.host`, no GPU needed.
 
 Python, PyTorch's dispatcher and autograd, and Triton's launcher run as they do on a GPU, on tensors
-of the CPU; the launch itself does nothing, and switching to the tensors' GPU is left out. Times are
-those of the thread, so that other programs on the machine disturb them little.
+of the CPU; the launch itself does nothing, and switching to the tensors' GPU is left out. Calls are
+those of later layers: the first call with a layout also builds work lists and fixes arguments.
+Times are those of the thread, so that other programs on the machine disturb them little.
 """
 
 from __future__ import annotations

@@ -454,19 +454,16 @@ class BackwardLaunch:
         descriptors = config.backward_descriptors and suits_tma(q.shape[2], v.shape[2], q.itemsize)
         # The interpreter knows no sums by descriptor.
         reduce = fused and not INTERPRETED
-        q_rows, value_q_rows, keys = (
-            config.keys.block_m,
-            values_tile.block_m,
-            config.queries.block_n,
-        )
+        block_m, value_block_m = config.keys.block_m, values_tile.block_m
+        block_n = config.queries.block_n
         self._loads = [
-            TmaLoads("q", q, q_rows, heads.qk, used=descriptors),
-            TmaLoads("do", dout, q_rows, heads.vo, used=descriptors),
-            TmaLoads("value_q", q, value_q_rows, heads.qk, used=descriptors and apart),
-            TmaLoads("value_do", dout, value_q_rows, heads.vo, used=descriptors and apart),
-            TmaLoads("k", k, keys, heads.qk, used=descriptors),
-            TmaLoads("v", v, keys, heads.vo, used=descriptors),
-            TmaLoads("dq", dq_sum, q_rows, heads.qk, used=reduce),
+            TmaLoads("q", q, block_m, heads.qk, used=descriptors),
+            TmaLoads("do", dout, block_m, heads.vo, used=descriptors),
+            TmaLoads("value_q", q, value_block_m, heads.qk, used=descriptors and apart),
+            TmaLoads("value_do", dout, value_block_m, heads.vo, used=descriptors and apart),
+            TmaLoads("k", k, block_n, heads.qk, used=descriptors),
+            TmaLoads("v", v, block_n, heads.vo, used=descriptors),
+            TmaLoads("dq", dq_sum, block_m, heads.qk, used=reduce),
         ]
 
         # A head's programs read its K and V, and Q and dO of its query heads.
@@ -560,7 +557,7 @@ class BackwardLaunch:
         of_q, of_k, of_v, of_dout, of_dq, of_dk, of_dv = self._strides
         descriptors = {}
         for loads, x in zip(self._loads, (q, dout, q, dout, k, v, dq_sum), strict=True):
-            descriptors |= loads.of(x, aligned=aligned)
+            descriptors |= loads.describe(x, aligned=aligned)
         self._launch(
             aligned=aligned,
             **descriptors,

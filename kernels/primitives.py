@@ -290,9 +290,9 @@ class TmaLoads:
         self._fields: dict[str, dict[str, Any]] | None = None
         if used and has_tma_strides(x):
             like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-            self._fields = {n: vars(descriptor) for n, descriptor in self._described(like).items()}
+            self._fields = {n: vars(descriptor) for n, descriptor in self._checked(like).items()}
 
-    def of(self, x: torch.Tensor, *, aligned: bool) -> dict[str, TensorDescriptor]:
+    def describe(self, x: torch.Tensor, *, aligned: bool) -> dict[str, TensorDescriptor]:
         """The other arguments, by name.
 
         Args:
@@ -302,7 +302,7 @@ class TmaLoads:
         if not self._blocks:
             return {}
         if not aligned or self._fields is None:
-            return self._described(for_tma(x))
+            return self._checked(for_tma(x))
         descriptors = {}
         for name, fields in self._fields.items():
             # Checked when the first one was made.
@@ -310,7 +310,7 @@ class TmaLoads:
             vars(descriptor).update(fields, base=x)
         return descriptors
 
-    def _described(self, x: torch.Tensor) -> dict[str, TensorDescriptor]:
+    def _checked(self, x: torch.Tensor) -> dict[str, TensorDescriptor]:
         return {name: TensorDescriptor.from_tensor(x, b) for name, b in self._blocks.items()}
 
 

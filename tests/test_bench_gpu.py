@@ -26,6 +26,7 @@ from bench.gpu.__main__ import RECORDS, Records, read
 from bench.gpu.units import Session, Unit
 from bench.measure import UnsupportedError, WrongResultError
 from bench.providers import MODES, PROVIDERS, Provider
+from prefix_attn import PrefixLayout
 from prefix_attn.cases import Case
 from prefix_attn.timing import Clock
 
@@ -363,6 +364,31 @@ def test_late_stream_is_another_one_that_waits_and_is_waited_for(monkeypatch):
     with checks._late_stream(torch.device("cuda")):
         events.append("work")
     assert events == ["late waits for default", "in late", "work", "default waits for late"]
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_check_finds_a_later_layer_that_waits_for_the_gpu(layer, monkeypatch):
+    modes, calls, attend = ["default"], [], checks.prefix_attention
+
+    def waiting(q, k, v, layout, backend):
+        calls.append(1)
+        if len(calls) == layer and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return attend(q, k, v, layout, backend="cpu")
+
+    layout = PrefixLayout.from_lengths([3], [[2]])
+    monkeypatch.setattr(checks, "_layout", lambda *_: layout)
+    monkeypatch.setattr(checks, "prefix_attention", waiting)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    check = partial(checks.waits_for_nothing, checks.tried()[0][0], {}, torch.device("cuda"))
+    if layer == 2:
+        with pytest.raises(WrongResultError, match="a later layer waits for the GPU: called a"):
+            check()
+    else:  # the first one builds and copies work lists
+        check()
+    assert modes == ["default", "error", "default"]
+    assert len(calls) == 2
 
 
 def test_device_that_answers_no_more_ends_the_worker(fake_cuda, monkeypatch):

@@ -175,6 +175,12 @@ def _late_stream(device: torch.device) -> Iterator[None]:
     default.wait_stream(stream)
 
 
+def _layout(check: Check, shapes: Shapes, device: torch.device) -> PrefixLayout:
+    is_tree = check.layout == "tree"
+    build = PrefixLayout.from_tree if is_tree else PrefixLayout.from_lengths
+    return build(*shapes[check.layout], device=device)
+
+
 def run(check: Check, shapes: Shapes, device: torch.device) -> list[dict[str, Any]]:
     """Compares ours with float64; one row per tensor.
 
@@ -182,9 +188,7 @@ def run(check: Check, shapes: Shapes, device: torch.device) -> list[dict[str, An
         WrongResultError: where ours is wrong.
         UnsupportedError: where the Gluon forward can't serve the check.
     """
-    is_tree = check.layout == "tree"
-    build = PrefixLayout.from_tree if is_tree else PrefixLayout.from_lengths
-    layout = build(*shapes[check.layout], device=device)
+    layout = _layout(check, shapes, device)
     dtype, dims = DTYPES[check.dtype], (check.head_dim, check.head_dim_v)
     options = dict(check.options)
     reason = providers.no_gluon(dtype, *dims, options.get("scale", 1.0), device)
@@ -243,3 +247,38 @@ def refuses_float64(device: torch.device) -> list[dict[str, Any]]:
     if device.type == "cuda":
         raise WrongResultError("float64 was not refused")
     return [{"check": "float64 runs in the interpreter", "tensor": "", "error": 0.0}]
+
+
+def waits_for_nothing(check: Check, shapes: Shapes, device: torch.device) -> list[dict[str, Any]]:
+    """The host waits for nothing that the GPU does, in all layers of a layout but the first.
+
+    Args:
+        check: sizes of the layer; its options are left out.
+        shapes: lengths of the layouts.
+        device: nothing but a GPU can be waited for.
+
+    Raises:
+        WrongResultError: where it waits.
+    """
+    layout = _layout(check, shapes, device)
+    heads, dims = (check.heads, check.kv_heads), (check.head_dim, check.head_dim_v)
+    inputs = Inputs.random(layout, heads, dims, DTYPES[check.dtype])
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+
+    def layer() -> None:
+        out = prefix_attention(q, k, v, layout, backend="triton")
+        torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    layer()
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.get_sync_debug_mode() if on_gpu else 0
+    try:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        layer()
+    except RuntimeError as error:
+        raise WrongResultError(f"a later layer waits for the GPU: {error}") from error
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode(before)
+    return [{"check": "later layers wait for nothing", "tensor": "", "error": 0.0}]

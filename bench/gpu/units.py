@@ -273,12 +273,14 @@ def units(session: Session) -> list[Unit]:
             yield Unit(f"ceiling/{what}{suffix}", 0.0, partial(ceiling, session, what))
 
     refused = partial(checks.refuses_float64, session.device)
+    waiting = partial(checks.waits_for_nothing, first[0], shapes, session.device)
     return [
         *ceilings(""),
         *checking(first),
         *timing(table[:1], [*compared, *modes[:2]]),
         *timing(table[1 : len(CORE)], compared),
         Unit("check/float64", 0.0, refused),
+        Unit("check/waiting", CHECK_SECONDS, waiting, first[0].kind, CHECK_COMPILE_SECONDS),
         *timing(table[:1], modes[2:]),
         *checking(rest),
         *timing(table[len(CORE) :], compared),
