@@ -325,6 +325,16 @@ def test_known_faults_take_new_figures_where_a_reason_is_known(tmp_path):
     assert Budget.from_file("3.9.0", path).faults == kept.faults
 
 
+def test_known_fault_of_several_loops_takes_the_most_of_them(tmp_path):
+    path = tmp_path / "budget.json"
+    known = {"rule": "loop spills", "reason": "why", "programs": {PROGRAM.label: [9]}}
+    path.write_text(json.dumps({"exceptions": {"3.9": [known]}, "baselines": {}}))
+    loops = {"forward_kernel": loop(local=5), "another": loop(local=3)}
+    report = Report(PROGRAM, replace(GOOD, loops=loops))
+    kept = Budget.from_file("3.9.0", path).accepting([report])
+    assert kept.faults == [KnownFault({PROGRAM.label: (5,)}, "loop spills", "why")]
+
+
 def test_every_exception_is_of_a_program_that_exists():
     known = {program.label for program in programs.everything()}
     for faults in json.loads(budget.PATH.read_text())["exceptions"].values():

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,10 @@ class Budget:
             label = report.program.label
             for x in report.violations():
                 if reason := reasons.get((x.rule, label)):
-                    broken.setdefault((x.rule, reason), {})[label] = x.figures
+                    programs = broken.setdefault((x.rule, reason), {})
+                    # Several loops may break a rule: the most counts.
+                    pairs = zip_longest(programs.get(label, ()), x.figures, fillvalue=0)
+                    programs[label] = tuple(max(pair) for pair in pairs)
         faults = [KnownFault(x, rule, why) for (rule, why), x in broken.items() if x]
         return replace(self, faults=faults)
 
