@@ -5,14 +5,19 @@ of them and one layer of attention. A batch is one group of eight completions: o
 shared, and of so little that `enable` just packs it. Both models take turns, and seconds are those
 of the process. Memory is measured in a process of its own.
 
-    python -m bench.models [FAMILY ...]
+`--narrow` times small batches of narrow models instead, packed whatever `min_ratio` is: where
+packing costs more than it saves.
+
+    python -m bench.models [--narrow] [FAMILY ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,15 +30,15 @@ from prefix_attn.timing import Quantiles, interleaved, processor_seconds
 GROUP, VOCABULARY, ROUNDS = 8, 512, 3
 # Prefix and completions.
 BATCHES = ((512, 64), (64, 256))
+WIDTH = 256
+# The same of small batches, and the widths and samples for them.
+SMALL_BATCHES = ((8, 56), (16, 56), (24, 8), (40, 24), (40, 90), (64, 256))
+NARROW_WIDTHS, NARROW_ROUNDS = (64, 128, 256), 9
 MIXED = ["linear_attention"] * 3 + ["full_attention"]
 WINDOWED = ["sliding_attention", "full_attention"] * 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
@@ -63,22 +68,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 HEADER = ("model", "P, S", "fewer tokens", "ordinary s", "enabled s", "ratio", "ordinary MiB",
           "enabled MiB")  # fmt: skip
+NARROW_HEADER = ("model", "width", "P, S", "tokens", "saved", "fewer tokens", "ordinary ms",
+                 "enabled ms", "ratio")  # fmt: skip
+
+
+def sizes(width: int) -> dict[str, Any]:
+    """What a configuration says of a model's size, with a query head for 64 of its width."""
+    return {
+        **SIZES,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": max(1, width // 128),
+    }
 
 
 class Step:
     """Training steps of one model."""
 
-    def __init__(self, family: str, enabled: bool) -> None:
+    def __init__(self, family: str, enabled: bool, width: int = WIDTH, **options: Any) -> None:
         import transformers
 
         import prefix_attn
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+        config = transformers.AutoConfig.for_model(family, **sizes(width), **FAMILIES[family])
         self.model = transformers.AutoModelForCausalLM.from_config(config).train()
         if enabled:
-            prefix_attn.enable(self.model, self_check=False)
+            prefix_attn.enable(self.model, self_check=False, **options)
 
     def __call__(self, prefix: int, suffix: int) -> Tensor:
         """Forward and backward over a group; the loss, which is that of its completions."""
@@ -101,46 +119,80 @@ def peak(family: str, enabled: bool, batch: tuple[int, int]) -> float:
     return peak_since(before) / 2**20
 
 
-def measured(family: str, batch: tuple[int, int]) -> tuple[str, ...]:
-    """A row of the table.
+def times(steps: list[Step], batch: tuple[int, int], rounds: int) -> list[Quantiles]:
+    """Of each step.
 
     Raises:
-        AssertionError: if the two models have different losses.
+        AssertionError: if the models have different losses.
     """
-    steps = [Step(family, enabled) for enabled in (False, True)]
     losses = torch.stack([step(*batch) for step in steps])
-    assert losses.diff().abs() < 1e-4, f"{family}: losses {losses.tolist()}"
+    assert losses.diff().abs() < 1e-4, f"{batch}: losses {losses.tolist()}"
     samples: dict[Step, list[float]] = {step: [] for step in steps}
-    for _, step in interleaved(steps, range(ROUNDS)):
+    for _, step in interleaved(steps, range(rounds)):
         samples[step].append(processor_seconds(partial(step, *batch)))
-    times = [Quantiles.from_seconds(x) for x in samples.values()]
+    return [Quantiles.from_seconds(x) for x in samples.values()]
+
+
+def counts(batch: tuple[int, int]) -> tuple[int, int]:
+    """Tokens of a batch, and those of its packed row."""
+    prefix, suffix = batch
+    return GROUP * (prefix + suffix), prefix + GROUP * suffix
+
+
+def measured(family: str, batch: tuple[int, int]) -> tuple[str, ...]:
+    """A row of the table."""
+    found = times([Step(family, enabled) for enabled in (False, True)], batch, ROUNDS)
     with fresh_processes() as processes:
         peaks = [processes.apply(peak, (family, enabled, batch)) for enabled in (False, True)]
-    prefix, suffix = batch
-    tokens = GROUP * (prefix + suffix) / (prefix + GROUP * suffix)
+    tokens, run = counts(batch)
     return (
         f"`{family}`",
-        f"{prefix}, {suffix}",
-        f"{tokens:.1f}x",
-        *(f"{x.median / 1e3:.2f} ({x.p20 / 1e3:.2f}-{x.p80 / 1e3:.2f})" for x in times),
-        f"{times[0].median / times[1].median:.2f}x",
+        f"{batch[0]}, {batch[1]}",
+        f"{tokens / run:.1f}x",
+        *(f"{x.median / 1e3:.2f} ({x.p20 / 1e3:.2f}-{x.p80 / 1e3:.2f})" for x in found),
+        f"{found[0].median / found[1].median:.2f}x",
         *(f"{x:.0f}" for x in peaks),
     )
+
+
+def measured_narrow(family: str, width: int) -> Iterator[tuple[str, ...]]:
+    """Rows of the table of narrow models."""
+    steps = [Step(family, enabled, width, min_ratio=1.0) for enabled in (False, True)]
+    for batch in SMALL_BATCHES:
+        found = times(steps, batch, NARROW_ROUNDS)
+        tokens, run = counts(batch)
+        yield (
+            f"`{family}`",
+            f"{width}",
+            f"{batch[0]}, {batch[1]}",
+            f"{tokens}",
+            f"{tokens - run}",
+            f"{tokens / run:.2f}x",
+            *(f"{x.median:.0f} ({x.p20:.0f}-{x.p80:.0f})" for x in found),
+            f"{found[0].median / found[1].median:.2f}x",
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints a table of all families, or of those that are named."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
-    families = parser.parse_args(arguments).families or list(FAMILIES)
+    parser.add_argument("--narrow", action="store_true", help="small batches of narrow models")
+    args = parser.parse_args(arguments)
+    families = args.families or list(FAMILIES)
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"unknown: {sorted(unknown)}; known: {', '.join(FAMILIES)}")
     if importlib.util.find_spec("transformers") is None:
         parser.error("it needs transformers: pip install 'prefix-attn[hf]'")
-    print(tables.markdown(HEADER, [], "ll" + "r" * (len(HEADER) - 2)))
+    header = NARROW_HEADER if args.narrow else HEADER
+    left = 3 if args.narrow else 2
+    print(tables.markdown(header, [], "l" * left + "r" * (len(header) - left)))
     for family in families:
-        for batch in BATCHES:
-            print(f"| {' | '.join(measured(family, batch))} |", flush=True)
+        rows: Iterable[tuple[str, ...]] = (measured(family, batch) for batch in BATCHES)
+        if args.narrow:
+            rows = chain.from_iterable(measured_narrow(family, x) for x in NARROW_WIDTHS)
+        for row in rows:
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def enable(
         model: a transformers model with a causal decoder, possibly inside PEFT, DDP, FSDP or
             `torch.compile`.
         min_ratio: a batch is packed if its tokens are at least this many times those of its packed
-            row. Rows of several sequences are always packed: otherwise they need a mask of N x N.
+            row. It counts tokens alone; models narrower than 128 may be slower packed, in small
+            batches on a CPU. Rows of several sequences are always packed: otherwise they need a
+            mask of N x N.
         always: pack whatever is shared, a single sequence too, so that every call that can be
             packed computes its attention with the same kernel. Log-probabilities of one sequence
             then differ by less between a batch of one and a batch of many.
