@@ -32,8 +32,8 @@ class Launch:
             options: of the compiler.
         """
         self._kernel, self._grid, self._options = kernel, grid, options
-        self._arguments = dict(constants)
-        self._compiled: Any = None
+        self._constants = dict(constants)
+        self._compiled: tuple[Any, dict[str, Any]] | None = None
 
     def __call__(self, *, aligned: bool, **arguments: Any) -> None:
         """Launches the kernel on the current stream.
@@ -42,20 +42,22 @@ class Launch:
             aligned: whether the addresses of all tensors in the arguments are multiples of 16.
             arguments: those that are not constant; always the same ones, in type, dtype and shape.
         """
-        arguments = {**self._arguments, **arguments}
-        if aligned and self._compiled is not None:
-            self._compiled(*arguments.values())
+        # Read once: another thread may set it meanwhile.
+        found = self._compiled
+        if aligned and found is not None:
+            start, places = found
+            start(*{**places, **arguments}.values())
             return
-        compiled = self._kernel[self._grid](**arguments, **self._options)
+        compiled = self._kernel[self._grid](**self._constants, **arguments, **self._options)
         # The interpreter compiles nothing, and AMD's compiler also asks how large a storage is.
         if (
             aligned
             and isinstance(compiled, CompiledKernel)
             and compiled.metadata.target.backend == "cuda"
         ):
-            # Compiled kernels take all arguments by position.
-            self._arguments = {name: arguments[name] for name in self._kernel.arg_names}
-            self._compiled = compiled[self._grid]
+            # Compiled kernels take all arguments by position. Tensors of a call are not held.
+            places = {name: self._constants.get(name) for name in self._kernel.arg_names}
+            self._compiled = compiled[self._grid], places
 
 
 def are_aligned(*tensors: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -126,6 +127,23 @@ def test_later_launches_give_kernels_what_the_first_gave_them(monkeypatch):
     for (kernel, arguments), (later, others) in zip(first, launches, strict=True):
         assert later is kernel
         assert _shown(others) == _shown(arguments)
+
+
+def test_layout_that_keeps_launches_holds_no_tensor_of_a_call():
+    layout = PrefixLayout.from_lengths([8], [[4, 4]])
+    q, k, v = (
+        torch.zeros(layout.num_tokens, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    out, lse = prefix_attention(q, k, v, layout, backend="triton", return_lse=True)
+    given = (torch.ones_like(out), torch.ones_like(lse))
+    grads = torch.autograd.grad((out, lse), (q, k, v), given)
+    storages = {x.data_ptr() for x in (q, k, v, out, lse, *given, *grads)}
+    del q, k, v, out, lse, given, grads
+    gc.collect()
+    held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.device.type == "cpu"]
+    assert content_of(layout.segments).kept
+    assert not [x.shape for x in held if x.data_ptr() in storages]
 
 
 def test_launch_with_an_address_that_is_no_multiple_of_16_is_bound_by_triton(monkeypatch):
