@@ -468,3 +468,16 @@ def test_cpu_infinite_key_without_weight_does_not_reach_gradients_of_other_membe
     actual = attention_results(on_cpu(layout), inputs)
     torch.testing.assert_close(actual["dq"][5:], expected["dq"][2:])
     torch.testing.assert_close(actual["dk"][5:], expected["dk"][2:])
+
+
+@pytest.mark.parametrize("lengths", [([2], [[3, 3]]), ([2, 2], [[3], [3]])], ids=str)
+def test_cpu_large_query_does_not_meet_large_keys_of_others(lengths: Any) -> None:
+    """Each is small enough by itself; of their product, inf, a mask that adds -inf makes NaN."""
+    layout = PrefixLayout.from_lengths(*lengths)
+    inputs = Inputs.random(layout, (1, 1), (8, 8))
+    inputs.q[3, 0, 0], inputs.k[7, 0, 0] = 1e30, 1e12
+    actual = attention_results(on_cpu(layout), inputs)
+    expected = attention_results(partial(on_cpu(layout), backend="reference"), inputs)
+    rows = torch.tensor([0, 1, 2, 3, 4])
+    for name, x in actual.items():
+        torch.testing.assert_close(x[rows], expected[name][rows], msg=name)

@@ -37,14 +37,16 @@ def forward(
     of_queries, of_keys, kernel = [qw], [kw, vw], _kernel(options)
     calls = _plan(segments, options, dense=options.softcap is not None)
     is_masked = _is_masked(calls)
-    # A query reaches its own row alone. Without masks so does a value those who see it, and a key;
-    # but of NaN keys PyTorch's kernels leave out those that fill what a row sees of a tile.
+    out, lse = attend.forward(of_queries, of_keys, calls, kernel, scale)
+    # A query reaches its own row alone, and what it should not meet shows in its log-sum-exp.
+    # Without masks a value reaches those who see it alone, and so does a key; but of NaN keys
+    # PyTorch's kernels leave out those that fill what a row sees of a tile.
     wild: list[_Group] = []
-    if not _are_small(of_keys if is_masked else [kw], width, scale):
+    if not _are_small([*of_keys, lse] if is_masked else [kw], width, scale):
         wild = _wild_groups(segments, scale, of_queries, of_keys)
         if is_masked:
-            of_queries, of_keys = _silenced(wild, of_queries, of_keys)
-    out, lse = attend.forward(of_queries, of_keys, calls, kernel, scale)
+            silenced = _silenced(wild, of_queries, of_keys)
+            out, lse = attend.forward(*silenced, calls, kernel, scale)
     for group in wild:
         calls = _plan(group.segments, options, dense=True, crossing=False)
         own, keys = [qw[group.queries]], [kw[group.keys], vw[group.keys]]
