@@ -217,6 +217,14 @@ def test_cpu_members_behind_a_short_prefix_are_read_in_place(options: dict[str, 
     assert len(masks) == (1 if not options else 2)
 
 
+def test_cpu_calls_with_equal_masks_keep_one() -> None:
+    """However many calls the members fill: what is kept depends on shapes alone."""
+    calls = planned(PrefixLayout.from_lengths([600], [[256] * 24]), window_size=600)
+    shared = [call.mask for call in calls if call.mask is not None and call.mask.is_shared]
+    assert len(shared) > 4
+    assert len(set(shared)) == 1
+
+
 @pytest.mark.parametrize("prefix", [1, 100])
 def test_cpu_members_behind_a_short_prefix_are_not_merged(prefix: int) -> None:
     """Of a tile of keys PyTorch's kernels compute all: a mask is cheaper than another call."""

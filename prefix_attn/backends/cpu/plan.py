@@ -11,7 +11,7 @@ memory is linear in tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -479,10 +479,12 @@ def _masked(blocks: list[Block], forest: Forest) -> list[Call]:
                 continue
         batches.append([block])
         widest, filled = length, length * keys
-    return [_masked_call(batch, forest) for batch in batches]
+    masks: dict[Hashable, Mask] = {}
+    return [_masked_call(batch, forest, masks) for batch in batches]
 
 
-def _masked_call(blocks: list[Block], forest: Forest) -> Call:
+def _masked_call(blocks: list[Block], forest: Forest, masks: dict[Hashable, Mask]) -> Call:
+    """A call with one mask for all blocks, or for each; equal ones of several calls are one."""
     queries = Grid.from_lines([x.queries for x in blocks])
     keys = Grid.from_lines([x.keys for x in blocks])
 
@@ -512,6 +514,9 @@ def _masked_call(blocks: list[Block], forest: Forest) -> Call:
     is_shared = len(blocks) > 1 and all((x == x[:1]).all() for x in tables)
     if is_shared:
         tables = [x[:1] for x in tables]
+    key = (queries.shape[1], *(x.tobytes() for x in tables)) if is_shared else None
+    if key in masks:
+        return Call(queries, keys, mask=masks[key])
     seen_from, seen_until, *window = (torch.from_numpy(x) for x in tables)
     mask = Mask(
         queries.shape[1],
@@ -520,4 +525,6 @@ def _masked_call(blocks: list[Block], forest: Forest) -> Call:
         (window[1][:, :, None], window[0][:, None]) if window else None,
         is_shared,
     )
+    if is_shared:
+        masks[key] = mask
     return Call(queries, keys, mask=mask)
