@@ -533,15 +533,8 @@ class BackwardLaunch:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Runs the preprocess, the backward kernel and the reduction of split tiles.
 
-        Args:
-            dout: (Tq, Hq, DV).
-            q: (Tq, Hq, D).
-            k: (T, Hkv, D).
-            v: (T, Hkv, DV).
-            out: (Tq, Hq, DV), of the forward pass.
-            lse: (Hq, Tq), contiguous, of the forward pass.
-            dlse: (Hq, Tq), contiguous, or None.
-            sinks: (Hq,), or None.
+        The tensors are of the kind that the launch was made for. lse is (Hq, Tq), contiguous, of
+        the forward pass, and sinks are (Hq,) or None.
 
         Returns:
             dq (Tq, Hq, D), dk (T, Hkv, D), dv (T, Hkv, DV), and dsinks (Hq,) or None.

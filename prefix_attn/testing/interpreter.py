@@ -44,9 +44,10 @@ def fix_interpreter() -> None:
         return [x for x in (tl, tl.core) if any(x is y for y in function.__globals__.values())]
 
     def patch_language_once(function: Any) -> Any:
-        if any(tl.core.is_builtin(x.load) for x in languages(function)):
-            return patch_language(function)
-        return interpreter._LangPatchScope()  # nothing to restore
+        found = languages(function)
+        if found and not any(tl.core.is_builtin(x.load) for x in found):
+            return interpreter._LangPatchScope()  # nothing to restore
+        return patch_language(function)
 
     interpreter._convert_float = convert_float
     interpreter._patch_lang = patch_language_once
