@@ -96,7 +96,7 @@ def compare(
     * another order of summation. The rounding errors of n terms grow like sqrt(n) a (Higham and
       Mary, A new approach to probabilistic rounding error analysis, 2019): `growth` is that root;
     * elements larger than others: the largest of n products of m normal values is about
-      `peak = (1 + 2/m ln n)^(m/2)` times their root mean square;
+      `peak` times their root mean square;
     * what only some kernels round: `rounded` is the size of it.
 
     Args:
@@ -122,7 +122,6 @@ def compare(
     error, budget = (x.detach().double() - exact for x in (actual, pytorch))
     count = max(1, exact[..., 0].numel() if exact.dim() > 2 else exact.numel())
     size = max(size, rms(exact))
-    peak = (1 + 2 / factors * math.log(max(1, exact.numel()))) ** (factors / 2)
     rounding = accumulator * growth
     return Comparison(
         name=name,
@@ -132,7 +131,8 @@ def compare(
         limit=2 * rms(budget) + (unit / math.sqrt(count) + rounding) * size + unit * rounded,
         largest=_largest(error),
         pytorch_largest=_largest(budget),
-        largest_limit=2 * _largest(budget) + (unit + rounding) * max(_largest(exact), peak * size),
+        largest_limit=2 * _largest(budget)
+        + (unit + rounding) * max(_largest(exact), peak(exact.numel(), factors) * size),
     )
 
 
@@ -191,6 +191,18 @@ def assert_model_within_budget(
         errors = torch.tensor([rms(x - y) for x, y in zip(own, right, strict=True)])
         worst = list(sizes)[int(errors.argmax())]  # NaN is the largest
         raise AssertionError(f"{comparison} against float64; worst in {worst}")
+
+
+def peak(count: int, factors: int = 1) -> float:
+    """About how large the largest of n products of m normal values is, in their root mean squares.
+
+    (1 + 2/m ln n)^(m/2).
+
+    Args:
+        count: n.
+        factors: m.
+    """
+    return (1 + 2 / factors * math.log(max(1, count))) ** (factors / 2)
 
 
 def rms(x: Tensor) -> float:

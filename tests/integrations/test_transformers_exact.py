@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,6 +14,7 @@ import prefix_attn  # noqa: E402
 from tests.integrations.tiny_hybrids import HYBRIDS  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     KeepDouble,
+    allowed_rounding,
     as_row,
     build,
     deviation,
@@ -160,10 +160,6 @@ def case(request):
 
 
 def test_logits_and_gradients_match_ordinary_batches(case):
-    """A difference of two float64 runs is at most twice the error of one.
-
-    The error of one is that of ordinary batches in float32, times the ratio of the epsilons.
-    """
     config, options = case
     model = build(config).eval()  # some routers draw random numbers in training
     if not type(model.base_model)._supports_attention_backend:
@@ -190,17 +186,7 @@ def test_logits_and_gradients_match_ordinary_batches(case):
     assert counts.packed_calls == counts.calls == len(batches)
     assert counts.tokens_run < counts.tokens_in
 
-    narrow = build(config, torch.float32).eval()
-    runs = {
-        name: run(narrow, batches[name], **options)
-        for name in ("right", "left", "left with position_ids")
-    }
-    error = max(
-        deviation(one, ordinary[name])
-        for name, one in runs.items()
-        if all(x.isfinite().all() for x in one.values())  # Gemma 3n: NaN at left padding, float32
-    )
-    allowed = 2 * error * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    allowed = allowed_rounding(config, right, runs=2, **options)
     found = {name: deviation(packed[name], ordinary[name]) for name in batches}
     assert all(error <= allowed for error in found.values()), (found, allowed)
 
