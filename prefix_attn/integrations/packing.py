@@ -217,7 +217,7 @@ def pack_batch(
     source_index = np.empty(layout.num_tokens, dtype=np.int64)
     row_index = np.full(ids.size, -1, dtype=np.int64)
     for i in reversed(range(len(starts))):  # the first of those that share a row is its source
-        rows = layout.sequence_rows(i).numpy()
+        rows = layout.forest.sequence_rows[i]
         places = np.arange(starts[i], stops[i])
         row_index[places] = rows
         source_index[rows] = places

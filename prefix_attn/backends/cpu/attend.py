@@ -66,17 +66,17 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, Hq, D) and lse (Tq, Hq) of q (Tq, Hq, D), k and v (T, Hkv, D)."""
     (q,), (k, v) = of_queries, of_keys
-    out = lse = None
+    out = None
+    lse = q.new_empty(q.shape[1], len(q)).t()  # in memory as the operator returns it
     for call in calls:
         queries, keys = call.queries, call.keys
         parts = queries.take(q), keys.take(k), keys.take(v)
         o, o_lse = kernel.forward(*parts, call.mask, call.causal, scale)
         if call.first:
             out = _written(out, len(q), queries, o)
-            lse = _written(lse, len(q), queries, o_lse)
+            queries.put(lse, o_lse)
             continue
         assert out is not None
-        assert lse is not None
         before, whole = queries.take(lse), queries.take(out)
         merged = torch.logaddexp(before, o_lse)
         whole.mul_((before - merged).exp_()[..., None])
@@ -85,7 +85,6 @@ def forward(
         if not queries.is_view:
             queries.put(out, whole)
     assert out is not None
-    assert lse is not None
     return out, lse
 
 

@@ -10,10 +10,11 @@ memory is linear in tokens.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,9 @@ BLOCK_PAIRS, KEY_PAIRS = 256, 8
 CALL_PAIRS, ROW_PAIRS = 2048, 16
 # What one call holds: query-key pairs of a head, and gathered rows.
 MOST_PAIRS, MOST_ROWS = 2**19, 2**12
+# Pairs of a mask that is kept for later calls. To make one takes several operators, which shows in
+# small calls alone.
+KEPT_PAIRS = 2**16
 # Calls of nodes up to this length go together although some have to be padded by an eighth.
 MOST_PADDED = 256
 # Layouts whose plans are kept.
@@ -165,11 +169,15 @@ class Grid:
 
     def _filled(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the filled places, and the (count, length, ...) values there."""
-        rows, values = self.rows, values.flatten(0, 1)
-        assert rows is not None
-        if self.filled is None:
-            return rows, values
-        return rows[self.filled], values.index_select(0, self.filled)
+        values = values.flatten(0, 1)
+        if self.filled is not None:
+            values = values.index_select(0, self.filled)
+        return self._filled_rows, values
+
+    @cached_property
+    def _filled_rows(self) -> Tensor:
+        assert self.rows is not None
+        return self.rows if self.filled is None else self.rows[self.filled]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +190,7 @@ class Mask:
         seen_until: the one behind the last.
         window: under a window also the positions of queries, and of each key the one that ends its
             window.
-        is_shared: whether n is 1 for several blocks, which are alike: such a mask is kept.
+        is_kept: whether later calls are to find it made.
         kept: by dtype.
     """
 
@@ -190,7 +198,7 @@ class Mask:
     seen_from: Tensor
     seen_until: Tensor
     window: tuple[Tensor, Tensor] | None
-    is_shared: bool
+    is_kept: bool
     kept: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Tensor:
@@ -200,7 +208,7 @@ class Mask:
             mask = self._seen()
             if dtype is not torch.bool:
                 mask = torch.where(mask, torch.zeros((), dtype=dtype), float("-inf"))
-            if self.is_shared:
+            if self.is_kept:
                 self.kept[dtype] = mask
         return mask
 
@@ -523,7 +531,7 @@ def _masked_call(blocks: list[Block], forest: Forest, masks: dict[Hashable, Mask
         seen_from[:, None],
         seen_until[:, None],
         (window[1][:, :, None], window[0][:, None]) if window else None,
-        is_shared,
+        is_kept=is_shared or math.prod((*queries.shape, keys.shape[1])) <= KEPT_PAIRS,
     )
     if is_shared:
         masks[key] = mask
