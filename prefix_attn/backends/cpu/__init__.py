@@ -50,7 +50,7 @@ def forward(
     for group in wild:
         calls = _plan(group.segments, options, dense=True, crossing=False)
         own, keys = [qw[group.queries]], [kw[group.keys], vw[group.keys]]
-        found = attend.forward(own, keys, calls, formula.kernel(options.softcap), scale)
+        found = attend.forward(own, keys, calls, formula.kernel(options.softcap, wild=True), scale)
         out[group.queries], lse[group.queries] = found
     if sinks is not None:
         merged = torch.logaddexp(lse, sinks.to(dtype))
@@ -97,7 +97,7 @@ def backward(
         calls = _plan(group.segments, options, dense=True, crossing=False)
         own = [x[group.queries] for x in (dow, qw, ow, lse.t())]
         keys = [x[group.keys] for x in (kw, vw)]
-        found = attend.backward(own, keys, calls, formula.kernel(options.softcap), scale)
+        found = attend.backward(own, keys, calls, formula.kernel(options.softcap, wild=True), scale)
         dq[group.queries], dk[group.keys], dv[group.keys] = found
     dsinks = None
     if sinks is not None:
