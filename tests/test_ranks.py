@@ -30,6 +30,7 @@ def started(*targets: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def sleep() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # whatever pytest's process does with it
     time.sleep(60)
 
 
