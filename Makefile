@@ -7,6 +7,7 @@ OLD_TRITON := triton==3.6.0
 # What PyTorch 2.12 and 2.13 install with CUDA.
 CUDA_TRITON := triton==3.7.1
 VENV := .venv
+TORCH_VENV := .venv-torch
 OLD_VENV := .venv-triton36
 CUDA_VENV := .venv-triton371
 HF_VENV := .venv-hf
@@ -15,6 +16,8 @@ MEGATRON_VENV := .venv-megatron
 TRAINERS_VENV := .venv-trainers
 OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
+ENVIRONMENTS := $(addsuffix /.stamp,$(VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) \
+	$(MEGATRON_VENV) $(TRAINERS_VENV))
 NUMERIC := tests/test_advantages.py tests/test_api.py tests/test_cpu.py tests/test_log_probs.py \
 	tests/test_options.py tests/test_policy_losses.py tests/test_testing.py
 # What the Triton between the two ends is held to: every kernel, option, dtype and way to load once.
@@ -23,9 +26,15 @@ IN_BETWEEN := tests/interpreter/test_kernels.py::test_triton_matches_float64 \
 	tests/interpreter/test_options.py::test_triton_option_matches_float64
 # Bytecode of what is never imported takes half of the time of an installation.
 PIP_FLAGS := -q --disable-pip-version-check --no-compile
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+# The environment of a target. It sees PyTorch and pip, which are installed once, behind its own.
+define environment
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(TORCH_VENV)/bin/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/torch.pth"
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help dev fmt lint type check docs docs-tables docs-figures build clean hub \
+.PHONY: help dev environments fmt lint type check docs docs-tables docs-figures build clean hub \
 	test test-levels test-hf test-verl test-megatron test-trainers test-oldest \
 	bench bench-small bench-shapes bench-full bench-micro bench-peers gpu gpu-tune
 
@@ -39,50 +48,51 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON)
 	touch $@
 
+$(TORCH_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+	touch $@
+
 # The oldest Triton needs an older numpy in its interpreter.
-$(OLD_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+$(OLD_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) 'numpy<2.4' pytest pytest-xdist hypothesis
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
 	touch $@
 
-$(CUDA_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+$(CUDA_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) numpy networkx pytest pytest-xdist hypothesis
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(CUDA_TRITON)
 	touch $@
 
 # These two change every few weeks, and what they change decides about models: a new version is
 # taken on purpose.
-$(HF_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(HF_VENV)
-	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+$(HF_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[hf,trl]' \
 		'transformers==5.24.*' 'trl==1.16.*' \
 		accelerate matplotlib peft prefix-grouper pytest pytest-xdist hypothesis
 	touch $@
 
 # verl lists what all its engines and rollouts need: this is what its FSDP engine imports.
-$(VERL_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VERL_VENV)
-	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+$(VERL_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e . 'transformers==5.10.*' \
 		'tensordict<=0.10' accelerate codetiming datasets dill omegaconf peft pillow ray \
 		pytest hypothesis
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps verl==0.9.1
 	touch $@
 
-$(MEGATRON_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(MEGATRON_VENV)
+$(MEGATRON_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(MEGATRON_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) megatron-core==0.16.1 einops \
 		numpy pytest hypothesis
 	touch $@
 
 # They ask for other versions of transformers, and import with this one.
-$(TRAINERS_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(TRAINERS_VENV)
+$(TRAINERS_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+	$(environment)
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) 'transformers==5.24.*' \
 		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
 		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro \
@@ -103,6 +113,13 @@ $(OLDEST_VENV)/.stamp: pyproject.toml
 	$(OLDEST_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
 	touch $@
 
+environments: $(ENVIRONMENTS) ## make all environments of make test
+ifneq (,$(filter environments,$(MAKECMDGOALS)))
+# These build the package, which writes into the checkout: one at a time.
+$(HF_VENV)/.stamp: | $(VENV)/.stamp
+$(VERL_VENV)/.stamp: | $(HF_VENV)/.stamp
+endif
+
 dev: $(VENV)/.stamp ## make .venv with everything needed (PYTHON=python3 picks the interpreter)
 
 fmt: dev ## format, and fix what can be fixed
@@ -116,7 +133,8 @@ lint: dev ## check style and format, write nothing
 type: dev ## check types
 	$(BIN)/mypy
 
-test: lint type $(OLD_VENV)/.stamp $(CUDA_VENV)/.stamp ## everything that CI runs
+test: ## everything that CI runs
+	$(MAKE) -j 2 lint type environments
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -q -n 2 \
 		--ignore=tests/interpreter --ignore=tests/integrations
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/interpreter
@@ -207,6 +225,6 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) $(MEGATRON_VENV) \
-		$(TRAINERS_VENV) $(OLDEST_VENV) \
+	rm -rf $(VENV) $(TORCH_VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) \
+		$(MEGATRON_VENV) $(TRAINERS_VENV) $(OLDEST_VENV) \
 		build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
