@@ -26,6 +26,8 @@ IN_BETWEEN := tests/interpreter/test_kernels.py::test_triton_matches_float64 \
 	tests/interpreter/test_options.py::test_triton_option_matches_float64
 # Bytecode of what is never imported takes half of the time of an installation.
 PIP_FLAGS := -q --disable-pip-version-check --no-compile
+# What is imported is compiled once, wherever this is set, instead of by each of hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # The environment of a target. It sees PyTorch and pip, which are installed once, behind its own.
 define environment
