@@ -146,7 +146,8 @@ test: ## everything that CI runs
 		tests/test_gluon.py::test_gluon_machine_code_fits_and_does_not_spill
 	env -u TRITON_INTERPRET $(CUDA_VENV)/bin/python -m pytest -q \
 		tests/test_machine_code.py::test_machine_code_is_within_its_budget
-	$(MAKE) test-levels test-hf test-verl test-megatron test-trainers docs
+	$(MAKE) test-levels test-hf
+	$(MAKE) -j 2 --output-sync=target test-verl test-megatron test-trainers docs
 
 # Each level has kernels of its own in PyTorch, with roundings of their own.
 test-levels: dev ## the tests of numbers, with each set of vector instructions below the processor's
