@@ -17,15 +17,22 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict
 import transformers
+import transformers.models.qwen3.modeling_qwen3
 import verl
 from torch import Tensor, nn
 from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.plugin.platform.platform_manager import set_platform
 
 import prefix_attn
+import prefix_attn.integrations.transformers
 from prefix_attn.integrations.verl import ENGINE, EngineFinder, serve_engine
 from prefix_attn.testing import assert_model_within_budget, assert_within_budget
+
+# Ranks are forked from a process that has imported this file. What verl imports with its first
+# model, such as the configurations of all models, is imported here, or each rank would do it.
+list(transformers.AutoModelForCausalLM._model_mapping)
 
 
 class PlatformCPU(PlatformCUDA):
