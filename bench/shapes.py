@@ -37,7 +37,9 @@ GATE_TOKENS = 400
 HEADS, HEAD_DIM = (8, 2), 64
 REPEATED = "repeated"  # how the names of what repeats begin
 HEADER = ("shape", "provider", "fwd ms", "fwd+bwd ms (p20-p80)", "fwd speed-up", "speed-up",
-          "ideal", "fwd of ideal", "of ideal", "MiB")  # fmt: skip
+          "goal", "ideal", "fwd of ideal", "of ideal", "MiB")  # fmt: skip
+# A call is never to take longer than repeating, but for the spread of its time.
+LEAST_SPEEDUP = 0.95
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Shape:
         softcap: of the call.
         sinks: whether the call has them.
         members: of each group, where all groups have one shape that Prefix Grouper takes.
+        of_ideal: the goal of forward and backward together, as a share of the ideal speed-up.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Shape:
     softcap: float | None = None
     sinks: bool = False
     members: int = 0
+    of_ideal: float = 0.0
 
     @cached_property
     def layout(self) -> PrefixLayout:
@@ -88,6 +92,11 @@ class Shape:
         """Allowed pairs of all sequences over those of the layout, under the window."""
         forest = replace(self.layout.forest, window_size=self.window_size)
         return forest.num_repeated_pairs / forest.num_pairs
+
+    @property
+    def goal(self) -> float:
+        """The speed-up over repeating that is aimed at."""
+        return max(LEAST_SPEEDUP, self.of_ideal * self.ideal)
 
 
 def _groups(
@@ -117,10 +126,11 @@ SHAPES = (
     _groups("P2048 S256 G8", 2048, 256, 8),
     _groups("P2048 S256 G8, window 256", 2048, 256, 8, window_size=256),
     _groups("P1024 S128 G8, window 128, sinks", 1024, 128, 8, window_size=128, sinks=True),
-    _groups("P512 S128 G8, softcap 30", 512, 128, 8, softcap=30.0),
-    _groups("P1024 S128 G8, bfloat16", 1024, 128, 8, dtype=torch.bfloat16),
-    Shape("binary tree, depth 9, 16 each", (16,) * 511, _binary(9)),
-    Shape("comb, 64 teeth, 16 each", (16,) * 128, _comb(64)),
+    _groups("P512 S128 G8, softcap 30", 512, 128, 8, softcap=30.0, of_ideal=0.8),
+    _groups("P64 S256 G8, softcap 30", 64, 256, 8, softcap=30.0, of_ideal=0.8),
+    _groups("P1024 S128 G8, bfloat16", 1024, 128, 8, dtype=torch.bfloat16, of_ideal=0.85),
+    Shape("binary tree, depth 9, 16 each", (16,) * 511, _binary(9), of_ideal=0.6),
+    Shape("comb, 64 teeth, 16 each", (16,) * 128, _comb(64), of_ideal=0.6),
     _groups("512 groups of P16 S4 G2", 16, 4, 2, 512),
     _groups("P0 S512 G8", 0, 512, 8),
     _groups("P0 S32 G64", 0, 32, 64),
@@ -273,6 +283,7 @@ def measured(shape: Shape, most_rounds: int) -> list[dict[str, Any]]:
             "total_p80_ms": total.p80,
             "fwd_speedup": base[0].median / fwd.median,
             "total_speedup": base[1].median / total.median,
+            "goal": shape.goal,
             "ideal": shape.ideal,
             "peak_mib": peaks[name] / 2**20,
         }
@@ -283,7 +294,7 @@ def measured(shape: Shape, most_rounds: int) -> list[dict[str, Any]]:
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     names = ("fwd_ms", "total_ms", "total_p20_ms", "total_p80_ms", "fwd_speedup", "total_speedup",
-             "ideal", "peak_mib")  # fmt: skip
+             "goal", "ideal", "peak_mib")  # fmt: skip
     x = {name: float(row[name]) for name in names}
     return (
         row["shape"],
@@ -292,6 +303,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{x['total_ms']:.1f} ({x['total_p20_ms']:.1f}-{x['total_p80_ms']:.1f})",
         f"{x['fwd_speedup']:.2f}x",
         f"{x['total_speedup']:.2f}x",
+        f"{x['goal']:.2f}x",
         f"{x['ideal']:.2f}x",
         f"{x['fwd_speedup'] / x['ideal']:.0%}",
         f"{x['total_speedup'] / x['ideal']:.0%}",
