@@ -57,7 +57,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {
         "attn_layer_indices": [3],
         "mamba_n_heads": 16,
-        "mamba_d_head": 32,
         "mamba_n_groups": 1,
         "mamba_d_state": 32,
         "mamba_chunk_size": 64,
@@ -77,6 +76,7 @@ def sizes(width: int) -> dict[str, Any]:
         "intermediate_size": 3 * width,
         "num_attention_heads": width // 64,
         "num_key_value_heads": max(1, width // 128),
+        "mamba_d_head": width // 8,  # the 16 heads have twice the width together
     }
 
 
