@@ -502,3 +502,19 @@ def test_cpu_large_query_does_not_meet_large_keys_of_others(lengths: Any) -> Non
     rows = torch.tensor([0, 1, 2, 3, 4])
     for name, x in actual.items():
         torch.testing.assert_close(x[rows], expected[name][rows], msg=name)
+
+
+@pytest.mark.parametrize("large", ["q", "k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cpu_large_scores_reach_a_small_softcap(dtype: torch.dtype, large: str) -> None:
+    """Divided by the softcap before their product, queries or keys would be infinite."""
+    layout = PrefixLayout.from_lengths([30], [[20, 40]])
+    inputs = Inputs.random(layout, dtype=dtype, lse=True)
+    largest = torch.finfo(dtype).max
+    for name in ("q", "k"):
+        getattr(inputs, name).mul_(largest ** (0.6 if name == large else 0.3))
+    attention = on_cpu(layout, softcap=2 / largest**0.5, scale=1.0)
+    actual = attention_results(attention, inputs)
+    expected = attention_results(partial(attention, backend="reference"), inputs)
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], msg=name)

@@ -78,7 +78,11 @@ def _scores(
 ) -> tuple[Tensor, Tensor | None]:
     """S = softcap(scale Q K^T), and tanh(scale Q K^T / softcap) where there is a cap."""
     factor = scale if softcap is None else scale / softcap
-    products = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=factor)
+    # Some kernels multiply q or k by alpha, which makes large ones infinite unless it is small.
+    alpha = min(factor, 1.0)
+    products = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=alpha)
+    if alpha < factor:
+        products.mul_(factor)
     if softcap is None:
         return products, None
     return products.tanh_() * softcap, products
