@@ -29,9 +29,10 @@ PIP_FLAGS := -q --disable-pip-version-check --no-compile
 # What is imported is compiled once, wherever this is set, instead of by each of hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-# The environment of a target. It sees PyTorch and pip, which are installed once, behind its own.
+# The environment of a target. It sees PyTorch and pip, which are installed once, behind its own, and
+# has their interpreter, whatever PYTHON is by now.
 define environment
-	$(PYTHON) -m venv --without-pip $(@D)
+	$(TORCH_VENV)/bin/python -m venv --without-pip $(@D)
 	$(TORCH_VENV)/bin/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/torch.pth"
 endef
 
