@@ -227,6 +227,14 @@ def test_cpu_calls_with_equal_masks_keep_one() -> None:
     assert len(set(shared)) == 1
 
 
+def test_cpu_blocks_with_equal_small_masks_keep_one() -> None:
+    """Blocks with so many keys are calls by themselves."""
+    calls = planned(PrefixLayout.from_lengths([2100], [[100, 30] * 8]), dense=True)
+    masks = [call.mask for call in calls if call.mask is not None and call.queries.shape == (1, 30)]
+    assert len(masks) == 8
+    assert len(set(masks)) == 1
+
+
 def test_cpu_masks_are_made_once_where_they_are_small_or_shared() -> None:
     def made(members: list[int]) -> list[tuple[Tensor, Tensor]]:
         calls = planned(PrefixLayout.from_lengths([20], [members]), dense=True)

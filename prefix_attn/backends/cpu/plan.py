@@ -522,17 +522,20 @@ def _masked_call(blocks: list[Block], forest: Forest, masks: dict[Hashable, Mask
     is_shared = len(blocks) > 1 and all((x == x[:1]).all() for x in tables)
     if is_shared:
         tables = [x[:1] for x in tables]
-    key = (queries.shape[1], *(x.tobytes() for x in tables)) if is_shared else None
-    if key in masks:
-        return Call(queries, keys, mask=masks[key])
+    is_kept = is_shared or math.prod((*queries.shape, keys.shape[1])) <= KEPT_PAIRS
+    key = None
+    if is_kept and len(tables[0]) == 1:
+        key = (queries.shape[1], *(x.tobytes() for x in tables))
+        if key in masks:
+            return Call(queries, keys, mask=masks[key])
     seen_from, seen_until, *window = (torch.from_numpy(x) for x in tables)
     mask = Mask(
         queries.shape[1],
         seen_from[:, None],
         seen_until[:, None],
         (window[1][:, :, None], window[0][:, None]) if window else None,
-        is_kept=is_shared or math.prod((*queries.shape, keys.shape[1])) <= KEPT_PAIRS,
+        is_kept=is_kept,
     )
-    if is_shared:
+    if key is not None:
         masks[key] = mask
     return Call(queries, keys, mask=mask)
