@@ -63,7 +63,8 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 def _seed(name: str) -> None:
     """Chooses random numbers by a name; the variable SALT chooses others."""
-    torch.manual_seed(zlib.crc32((os.environ.get("SALT", "") + name).encode()))
+    number = zlib.crc32((os.environ.get("SALT", "") + name).encode())
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond
 
 
 @pytest.fixture(autouse=True)
