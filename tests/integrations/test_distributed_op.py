@@ -237,7 +237,7 @@ def test_larger_meshes_are_refused_by_name(group: Any) -> None:
 # ---- Ulysses ----------------------------------------------------------------------------------
 
 
-def compare_ulysses(layout: PrefixLayout, tensors: list[Tensor]) -> None:
+def assert_ulysses_matches(layout: PrefixLayout, tensors: list[Tensor]) -> None:
     """Compares this rank's rows of out, dq, dk, dv with those of one process."""
     rows = -(-layout.num_tokens // RANKS)
     mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
@@ -261,12 +261,12 @@ def compare_ulysses(layout: PrefixLayout, tensors: list[Tensor]) -> None:
 def test_ulysses_matches_one_process(group: Any) -> None:
     """An odd number of tokens too: the last rank's padding comes back as zeros."""
     for layout in LAYOUTS:
-        compare_ulysses(layout, inputs(layout))
+        assert_ulysses_matches(layout, inputs(layout))
 
 
 @on_ranks(RANKS)
 def test_ulysses_repeats_scarce_kv_heads(group: Any) -> None:
-    compare_ulysses(LAYOUTS[0], inputs(LAYOUTS[0], heads=4, kv_heads=1))
+    assert_ulysses_matches(LAYOUTS[0], inputs(LAYOUTS[0], heads=4, kv_heads=1))
 
 
 @on_ranks(RANKS)

@@ -482,14 +482,14 @@ def test_empty_rows_equal_rows_and_a_prefix_that_is_a_row(model):
     assert counts.tokens_run == len(rows[1])
 
 
-def passes_through(model, batch, reason, **options):
+def assert_passes_through(model, batch, reason, **options):
     counts = assert_same_when_enabled(model, batch, packed=False, **options)
     assert list(counts.passed_through) == [reason]
 
 
 def test_a_mask_with_holes_passes_through(model, batch):
     batch["attention_mask"][0, 3] = 0
-    passes_through(model, batch, "attention_mask has holes")
+    assert_passes_through(model, batch, "attention_mask has holes")
 
 
 def test_a_mask_of_zeros_passes_through(model, batch):
@@ -514,12 +514,12 @@ def test_a_four_dimensional_mask_passes_through(model, batch):
 
 
 def test_a_single_sequence_passes_through(model):
-    passes_through(model, {"input_ids": rows_that_share()[0][None]}, "a single sequence")
+    assert_passes_through(model, {"input_ids": rows_that_share()[0][None]}, "a single sequence")
 
 
 def test_use_cache_passes_through(model, batch):
     reason = "past_key_values or use_cache=True"
-    passes_through(model, batch, reason, use_cache=True)
+    assert_passes_through(model, batch, reason, use_cache=True)
 
 
 @pytest.mark.parametrize("use_cache", [None, False])
@@ -655,7 +655,7 @@ def test_unknown_tensors_pass_through(model, batch):
 def test_rotary_frequencies_that_depend_on_padding_pass_through(batch):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = build(tiny_config("llama", rope_parameters=rope, max_position_embeddings=8))
-    passes_through(model, batch, "positions of padding change the rotary frequencies")
+    assert_passes_through(model, batch, "positions of padding change the rotary frequencies")
     tight = {name: x[:, : int(batch["attention_mask"].sum(1).max())] for name, x in batch.items()}
     assert_same_when_enabled(model, tight)
 

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 import prefix_attn  # noqa: E402
 from prefix_attn.integrations.transformers.calls import GENERATION  # noqa: E402
 from tests.integrations.test_transformers_enable import (  # noqa: E402
+    assert_passes_through,
     assert_same_when_enabled,
-    passes_through,
 )
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
@@ -74,7 +74,7 @@ EMBEDDING_HOOKS = {
 @pytest.mark.parametrize("name", list(EMBEDDING_HOOKS))
 def test_hooks_on_the_embedding_pass_through(name, model, batch):
     handle = EMBEDDING_HOOKS[name](model.get_input_embeddings())
-    passes_through(model, batch, f"a hook on the embedding: {name}")
+    assert_passes_through(model, batch, f"a hook on the embedding: {name}")
     if handle is not None:
         handle.remove()
         assert_same_when_enabled(model, batch)
@@ -86,7 +86,7 @@ def test_hooks_on_all_modules_pass_through(model, batch):
 
     handle = torch.nn.modules.module.register_module_forward_hook(only_embeddings)
     try:
-        passes_through(model, batch, "a hook on the embedding: only_embeddings")
+        assert_passes_through(model, batch, "a hook on the embedding: only_embeddings")
     finally:
         handle.remove()
 
@@ -94,7 +94,7 @@ def test_hooks_on_all_modules_pass_through(model, batch):
 def test_hooks_on_embeddings_of_places_pass_through(batch):
     model = build(tiny_config("gpt2"))
     model.transformer.wpe.register_forward_hook(by_length)
-    passes_through(model, batch, "a hook on the embedding: by_length")
+    assert_passes_through(model, batch, "a hook on the embedding: by_length")
 
 
 def test_hooks_on_an_embedding_that_the_caller_runs_do_not_matter(model, batch):

@@ -72,7 +72,7 @@ def step(engine: Any, batch: Any, forward_only: bool) -> dict[str, Tensor]:
     return {"log_probs": output["model_output"]["log_probs"].values()}
 
 
-def compare_engines(sequence: int, *, fused: bool = False, forward_only: bool = False) -> None:
+def assert_engines_match(sequence: int, *, fused: bool = False, forward_only: bool = False) -> None:
     """The ordinary engine on every rank by itself, and ours over the ranks of each sequence."""
     data_rank = dist.get_rank() // sequence
     found = {}
@@ -103,14 +103,14 @@ def compare_engines(sequence: int, *, fused: bool = False, forward_only: bool = 
 @pytest.mark.parametrize(("ranks", "sequence"), MESHES)
 @on_ranks("ranks")
 def test_engine_over_ranks_matches_ordinary_engine(group: Any, ranks: int, sequence: int) -> None:
-    compare_engines(sequence)
+    assert_engines_match(sequence)
 
 
 @on_ranks(4)
 def test_fused_kernels_over_ranks_match_ordinary_ones(group: Any) -> None:
-    compare_engines(2, fused=True)
+    assert_engines_match(2, fused=True)
 
 
 @on_ranks(4)
 def test_forward_only_over_ranks_matches_ordinary_engine(group: Any) -> None:
-    compare_engines(2, forward_only=True)
+    assert_engines_match(2, forward_only=True)
