@@ -7,7 +7,7 @@ OLD_TRITON := triton==3.6.0
 # What PyTorch 2.12 and 2.13 install with CUDA.
 CUDA_TRITON := triton==3.7.1
 VENV := .venv
-TORCH_VENV := .venv-torch
+SHARED_VENV := .venv-shared
 OLD_VENV := .venv-triton36
 CUDA_VENV := .venv-triton371
 HF_VENV := .venv-hf
@@ -29,11 +29,11 @@ PIP_FLAGS := -q --disable-pip-version-check --no-compile
 # What is imported is compiled once, wherever this is set, instead of by each of hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-# The environment of a target. It sees PyTorch and pip, which are installed once, behind its own, and
-# has their interpreter, whatever PYTHON is by now.
+# The environment of a target. It sees PyTorch, Triton and pip, which are installed once, behind its
+# own, and has their interpreter, whatever PYTHON is by now.
 define environment
-	$(TORCH_VENV)/bin/python -m venv --without-pip $(@D)
-	$(TORCH_VENV)/bin/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/torch.pth"
+	$(SHARED_VENV)/bin/python -m venv --without-pip $(@D)
+	$(SHARED_VENV)/bin/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/shared.pth"
 endef
 
 .DEFAULT_GOAL := help
@@ -51,19 +51,20 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON)
 	touch $@
 
-$(TORCH_VENV)/.stamp: pyproject.toml
-	$(PYTHON) -m venv $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+$(SHARED_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(SHARED_VENV)
+	$(SHARED_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH)
+	$(SHARED_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON)
 	touch $@
 
 # The oldest Triton needs an older numpy in its interpreter.
-$(OLD_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(OLD_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) 'numpy<2.4' pytest pytest-xdist hypothesis
 	$(OLD_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(OLD_TRITON)
 	touch $@
 
-$(CUDA_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(CUDA_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) numpy networkx pytest pytest-xdist hypothesis
 	$(CUDA_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(CUDA_TRITON)
@@ -71,7 +72,7 @@ $(CUDA_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
 
 # These two change every few weeks, and what they change decides about models: a new version is
 # taken on purpose.
-$(HF_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(HF_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(HF_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e '.[hf,trl]' \
 		'transformers==5.24.*' 'trl==1.16.*' \
@@ -79,7 +80,7 @@ $(HF_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
 	touch $@
 
 # verl lists what all its engines and rollouts need: this is what its FSDP engine imports.
-$(VERL_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(VERL_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) -e . 'transformers==5.10.*' \
 		'tensordict<=0.10' accelerate codetiming datasets dill omegaconf peft pillow ray \
@@ -87,14 +88,14 @@ $(VERL_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
 	$(VERL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps verl==0.9.1
 	touch $@
 
-$(MEGATRON_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(MEGATRON_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(MEGATRON_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) megatron-core==0.16.1 einops \
 		numpy pytest hypothesis
 	touch $@
 
 # They ask for other versions of transformers, and import with this one.
-$(TRAINERS_VENV)/.stamp: pyproject.toml $(TORCH_VENV)/.stamp
+$(TRAINERS_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 	$(environment)
 	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) $(TORCH) 'transformers==5.24.*' \
 		kernels==0.17.2 accelerate addict datasets einops jaxtyping loguru numpy peft pillow \
@@ -229,6 +230,6 @@ build: dev ## wheel and source distribution in dist/
 check: lint type ## the checks that take seconds
 
 clean: ## remove what was built, the environments too
-	rm -rf $(VENV) $(TORCH_VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) \
+	rm -rf $(VENV) $(SHARED_VENV) $(OLD_VENV) $(CUDA_VENV) $(HF_VENV) $(VERL_VENV) \
 		$(MEGATRON_VENV) $(TRAINERS_VENV) $(OLDEST_VENV) \
 		build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
