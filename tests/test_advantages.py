@@ -48,6 +48,26 @@ def test_equal_rewards_and_single_ones_have_no_advantage(scale):
     assert group_advantages(torch.ones(0), 4, scale=scale).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_whatever_they_are(scale, dtype):
+    """Where the mean of a group, a rounded sum over a count, is not one of its rewards."""
+    for size in range(1, 12):
+        rewards = torch.tensor([0.1, 0.7, 98765.43, -1e30], dtype=torch.float64).to(dtype)
+        rewards = rewards.nan_to_num(neginf=-3e4).repeat_interleave(size)
+        assert not group_advantages(rewards, size, scale=scale, eps=0).any()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("unit", [2.0**-90, 2.0**90])
+def test_group_advantages_do_not_depend_on_the_unit_of_rewards(unit, scale):
+    """Also where squares of rewards leave float32."""
+    rewards = REWARDS.float()
+    expected = group_advantages(rewards, [3, 1, 2], scale=scale, eps=0)
+    actual = group_advantages(rewards * unit, [3, 1, 2], scale=scale, eps=0)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("function", [group_advantages, kalman_advantages])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_advantages_of_half_types_are_computed_in_float32(function, dtype):

@@ -183,6 +183,13 @@ def test_rebel_loss_is_twice_the_variance():
     torch.testing.assert_close(actual, 2 * (log_ratios[:, 0] - 2 * rewards).var())
 
 
+def test_rebel_loss_of_equal_errors_is_zero():
+    """Also where their mean is rounded."""
+    for size in range(1, 12):
+        x = torch.zeros(size, 1), None, torch.full((size,), 0.7), torch.ones(size, 1), size
+        assert rebel_loss(*x).item() == 0.0
+
+
 def test_rebel_loss_of_a_group_of_one_and_of_no_tokens():
     x = rebel_inputs() | {"group_sizes": [1] * 5}
     loss = rebel_loss(**x)
@@ -300,8 +307,23 @@ def test_parts_of_dpo_loss_sum_to_the_whole():
     x = torch.randn(4, 5, dtype=torch.float64)
     chosen, rejected = x[0].clone().requires_grad_(), x[1].clone().requires_grad_()
     pairs = chosen, rejected, x[2], x[3]
-    parts = [dpo_loss(*(v[r] for v in pairs), denominator=5) for r in (slice(0, 2), slice(2, 5))]
+    rows = slice(0, 2), slice(2, 5), slice(5, 5)  # a part may be empty
+    parts = [dpo_loss(*(v[r] for v in pairs), denominator=5) for r in rows]
     assert_same(sum(parts), dpo_loss(*pairs), chosen, rejected)
+    with pytest.raises(ValueError, match="no pairs to take the mean of: pass denominator"):
+        dpo_loss(*(v[:0] for v in pairs))
+
+
+def test_dpo_loss_of_an_impossible_completion_is_the_limit():
+    """The policy or the reference gives it no probability, such as by a bias of -inf."""
+    never, other = torch.tensor([-math.inf]), torch.tensor([-1.0])
+    rejected = never.clone().requires_grad_()
+    loss = dpo_loss(other, rejected, other, other)
+    assert loss.item() == 0.0
+    assert torch.autograd.grad(loss, rejected)[0].item() == 0.0
+    assert dpo_loss(other, other, never, other).item() == 0.0
+    assert dpo_loss(never, other, other, other).item() == math.inf
+    assert dpo_loss(other, never, other, other, label_smoothing=0.1).item() == math.inf
 
 
 # ---- large ratios -------------------------------------------------------------------------------

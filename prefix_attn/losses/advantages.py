@@ -17,7 +17,9 @@ from prefix_attn.losses.checks import (
     tensors_on_one_device,
 )
 from prefix_attn.losses.pieces import (
+    centred_in_groups,
     clamped,
+    deviation,
     largest_log_ratio,
     log_ratio_of,
     members_of_groups,
@@ -69,16 +71,13 @@ def group_advantages(
     eps = number("eps", eps, 0)
     if not sizes:
         return rewards
-    index, inside = members_of_groups(sizes, rewards.device)
-    count = inside.sum(1, keepdim=True)
-    group = widened(rewards)[index].masked_fill(~inside, 0.0)
-    centred = (group - group.sum(1, keepdim=True) / count).masked_fill(~inside, 0.0)
+    wide = widened(rewards)
+    centred, count, inside = centred_in_groups(wide, sizes)
     if normalize and scale != "none":
         if scale == "group":
-            variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+            divisor = deviation(centred, count) + eps
         else:
-            variance = widened(rewards).var(correction=min(1, len(rewards) - 1))
-        divisor = variance.sqrt() + eps
+            divisor = deviation(*centred_in_groups(wide, [len(wide)])[:2]) + eps
         centred = centred / torch.where(divisor == 0, 1.0, divisor)
     return centred[inside].to(rewards.dtype)
 

@@ -63,3 +63,33 @@ def sizes_of_groups(name: str, count: int, group_sizes: int | Sequence[int]) -> 
 def members_of_groups(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """(N, G) number of each group's members, padded with zeros, and the mask of what is one."""
     return right_padded(torch.arange(sum(sizes), device=device).split(sizes), device)
+
+
+def centred_in_groups(values: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What remains of values without the mean of their group.
+
+    Args:
+        values: (B,), the members of a group next to one another.
+        sizes: of each group; at least one group.
+
+    Returns:
+        (N, G) differences, exactly zero in a group of equal values and at padding; the (N, 1)
+        members of each group; the (N, G) mask of what is a member.
+    """
+    index, inside = members_of_groups(sizes, values.device)
+    count = inside.sum(1, keepdim=True)
+    group = values[index]
+    # Relative to one of them: the mean of equal values may differ from them by a rounding.
+    group = (group - group[:, :1]).masked_fill(~inside, 0.0)
+    mean = group.sum(1, keepdim=True) / count
+    return (group - mean).masked_fill(~inside, 0.0), count, inside
+
+
+def deviation(centred: Tensor, count: Tensor) -> Tensor:
+    """(N, 1) standard deviation of samples, from their (N, G) differences to the (N, 1) mean.
+
+    Differences are squared relative to the largest, since their own squares may leave the dtype.
+    """
+    largest = centred.abs().amax(1, keepdim=True)
+    shares = centred / torch.where(largest == 0, 1.0, largest)
+    return largest * (shares.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

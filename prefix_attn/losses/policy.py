@@ -24,10 +24,10 @@ from prefix_attn.losses.checks import (
     tensors_on_one_device,
 )
 from prefix_attn.losses.pieces import (
+    centred_in_groups,
     clamped,
     largest_log_ratio,
     log_ratio_of,
-    members_of_groups,
     sizes_of_groups,
     widened,
 )
@@ -275,10 +275,7 @@ def rebel_loss(
     error = log_ratios - positive("eta", eta, log_ratios.dtype) * widened(rewards)
     if not sizes:
         return _over(error.sum(), denominator, 0, "groups")
-    index, inside = members_of_groups(sizes, error.device)
-    count = inside.sum(1, keepdim=True)
-    group = error[index].masked_fill(~inside, 0.0)
-    centred = (group - group.sum(1, keepdim=True) / count).masked_fill(~inside, 0.0)
+    centred, count, _ = centred_in_groups(error, sizes)
     pairs = 2 * centred.square().sum(1) / (count[:, 0] - 1).clamp(min=1)
     return _over(pairs.sum(), denominator, len(sizes), "groups")
 
@@ -326,9 +323,9 @@ def dpo_loss(
     }
     tensors_on_one_device(tensors)
     for name, x in tensors.items():
-        if x.dim() != 1 or x.shape != chosen_log_probs.shape or not len(x):
+        if x.dim() != 1 or x.shape != chosen_log_probs.shape:
             raise ValueError(
-                f"{name} must have shape (B,) with B at least 1, as chosen_log_probs "
+                f"{name} must have shape (B,), as chosen_log_probs "
                 f"{tuple(chosen_log_probs.shape)}, got {tuple(x.shape)}"
             )
     constants({name: x for name, x in tensors.items() if name.startswith("reference")})
@@ -336,8 +333,9 @@ def dpo_loss(
     beta = positive("beta", beta, chosen.dtype)
     label_smoothing = number("label_smoothing", label_smoothing, 0, 0.5)
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-    right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
-    loss = -((1 - label_smoothing) * right + label_smoothing * wrong)
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
+    if label_smoothing:  # which is infinite where the rejected completion is impossible
+        loss = loss - label_smoothing * F.logsigmoid(-margin)
     return _over(loss.sum(), denominator, len(loss), "pairs")
 
 
