@@ -167,6 +167,19 @@ def test_log_probs_of_any_row_shape_and_of_none():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32])
+def test_log_probs_take_targets_of_any_integers(dtype):
+    x = inputs()
+    expected = token_log_probs(**x)
+    assert torch.equal(token_log_probs(**(x | {"targets": x["targets"].to(dtype)})), expected)
+
+
+def test_log_probs_of_a_vocabulary_of_one_are_certain():
+    x = inputs()
+    only = {"weight": x["weight"][:1], "bias": x["bias"][:1], "targets": x["targets"] * 0}
+    assert not any(value.any() for value in run(chunked, x | only).values())
+
+
 def test_log_probs_of_forbidden_tokens():
     """Logits of -inf: the first chunks, some others, a target; then a whole row."""
     x = inputs()

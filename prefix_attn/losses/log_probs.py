@@ -191,8 +191,8 @@ def completion_log_probs(
 ) -> Completions:
     """Log-probabilities of each sequence's completion: its tokens from `prompt_lens` on.
 
-    The head runs only on the rows that predict a completion token, once each; where sequences
-    share completion tokens their gradients add up.
+    The head runs once for each completion token of the layout, on the row that predicts it; where
+    sequences share completion tokens their gradients add up.
 
     Args:
         hidden: (T, H) hidden states on the packed axis.
@@ -491,7 +491,7 @@ def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"bias must have shape ({vocabulary},), got {tuple(bias.shape)}")
     if targets.numel():
-        least, most = torch.stack(local(targets).aminmax()).tolist()
+        least, most = torch.stack(local(targets).long().aminmax()).tolist()
         if least < 0 or most >= vocabulary:
             wrong = least if least < 0 else most
             raise ValueError(

@@ -1,6 +1,6 @@
 """A language-model head whose vocabulary is sharded over ranks, as tensor parallelism does it.
 
-Each rank reads its own rows of the head. Three numbers per row travel forward, and the gradient of
+Each rank reads its own rows of the head. Four numbers per row travel forward, and the gradient of
 the hidden states backward.
 """
 
