@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prefix_attn.api import prefix_attention
 from prefix_attn.layout import PrefixLayout
+from prefix_attn.losses.checks import integers
 
 SCALE_NAMES = ("scale", "scaling", "softmax_scale")
 DROPOUT_NAMES = ("dropout", "dropout_p", "attention_dropout")
@@ -190,12 +191,16 @@ class PrefixGrouper:
             group_sizes: suffixes per group, one number for all or one for each.
             device: as in `init`.
             padding_mode: as in `init`.
+
+        Raises:
+            TypeError: if group_sizes holds no integers.
+            ValueError: if a mask or group_sizes is wrong; it names the value.
         """
         _check_mask("prefix_mask", prefix_mask)
         _check_mask("suffix_mask", suffix_mask)
         count, total = len(prefix_mask), len(suffix_mask)
-        sizes = [group_sizes] * count if isinstance(group_sizes, int) else list(group_sizes)
-        if len(sizes) != count or sum(sizes) != total:
+        sizes = integers("group_sizes", group_sizes, count)
+        if len(sizes) != count or sum(sizes) != total or min(sizes, default=0) < 0:
             raise ValueError(
                 f"group_sizes must divide {total} suffixes among {count} prefixes, got "
                 f"{group_sizes}"

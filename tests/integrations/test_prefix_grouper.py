@@ -6,6 +6,7 @@ import collections
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,10 +169,27 @@ def test_ungroup_and_group_match_the_package():
     assert torch.equal(ours.group(prefix, suffix), theirs.group(prefix, suffix))
 
 
-def test_equal_group_sizes_may_be_one_number():
+@pytest.mark.parametrize(
+    "sizes", [2, np.int64(2), torch.tensor(2), [2, 2], np.array([2, 2]), torch.tensor([2, 2])]
+)
+def test_group_sizes_may_be_any_integers(sizes):
     prompts, completions = torch.ones(2, 3), torch.ones(4, 2)
-    grouper = PrefixGrouper.from_ungrouped_masks(prompts, completions, 2)
+    grouper = PrefixGrouper.from_ungrouped_masks(prompts, completions, sizes)
     assert [list(g) for g in grouper.group_info] == [[3, 2, 2], [3, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (3, ValueError, "group_sizes must divide 4 suffixes among 2 prefixes, got 3"),
+        ([5, -1], ValueError, r"group_sizes must divide 4 suffixes .* got \[5, -1\]"),
+        ([3, 1.0], TypeError, r"group_sizes\[1\] must be an integer, got float 1.0"),
+        (2.0, TypeError, "group_sizes must be an integer or a sequence .* got float 2.0"),
+    ],
+)
+def test_wrong_group_sizes_are_named(sizes, error, message):
+    with pytest.raises(error, match=message):
+        PrefixGrouper.from_ungrouped_masks(torch.ones(2, 3), torch.ones(4, 2), sizes)
 
 
 def test_position_ids_are_depths_along_the_path():
