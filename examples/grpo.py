@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import string
 import time
 from contextlib import nullcontext
@@ -286,6 +287,7 @@ def report(ordinary: Run, shared: Run, args: argparse.Namespace) -> str:
     other = first_other_sample(ordinary, shared)
     samples = "the same in every step" if other is None else f"different from step {other} on"
     stats = prefix_attn.stats(shared.model)
+    tokens_run = shared.tokens - stats.tokens_in + stats.tokens_run  # with those passed through
     slow, fast = median(ordinary.seconds), median(shared.seconds)
     tail = max(1, args.steps // 10)
     return "\n".join(
@@ -297,7 +299,8 @@ def report(ordinary: Run, shared: Run, args: argparse.Namespace) -> str:
             f"largest difference of losses: "
             f"{largest_difference(ordinary.losses, shared.losses):.2e}",
             f"sampled completions: {samples}",
-            f"tokens in: {ordinary.tokens}, run: {stats.tokens_run} ({stats.ratio:.1f}x fewer)",
+            f"tokens in: {ordinary.tokens}, run: {tokens_run} "
+            f"({ordinary.tokens / tokens_run:.1f}x fewer)",
             f"median time of a step's updates: {slow:.3f} s ordinary, {fast:.3f} s shared "
             f"({slow / fast:.1f}x)",
         ]
@@ -390,14 +393,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--loss rebel compares all completions of a group: leave --micro out")
     if args.prompts > len(LETTERS):
         parser.error(f"--prompts must be at most {len(LETTERS)}, got {args.prompts}")
-    if not args.entropy >= 0:
-        parser.error(f"--entropy must be at least 0, got {args.entropy}")
+    if not 0 <= args.entropy < math.inf:
+        parser.error(f"--entropy must be at least 0 and finite, got {args.entropy}")
     if not 0 <= args.prune < 1:
         parser.error(f"--prune must be at least 0 and below 1, got {args.prune}")
-    if not args.eta > 0:
-        parser.error(f"--eta must be positive, got {args.eta}")
-    if not args.lr > 0:
-        parser.error(f"--lr must be positive, got {args.lr}")
+    if not 0 < args.eta < math.inf:
+        parser.error(f"--eta must be positive and finite, got {args.eta}")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be positive and finite, got {args.lr}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib: pip install matplotlib")
     if args.output.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -87,6 +87,13 @@ def test_other_samples_are_reported(grpo, tmp_path, capsys):
     assert "different from step 1 on" in grpo.report(ordinary, shared, args)
 
 
+def test_completions_that_pass_through_count_as_run(grpo, tmp_path, capsys):
+    """One completion is left: nothing is shared, and all of it runs."""
+    one = ["--prompts", "1", "--group", "2", "--length", "1", "--updates", "1", "--prune", "0.99"]
+    ordinary, _ = run(grpo, tmp_path, "--steps", "1", *one)
+    assert f"tokens in: {ordinary.tokens}, run: {ordinary.tokens} " in capsys.readouterr().out
+
+
 def test_reward_is_the_share_of_following_letters(grpo):
     prompts = torch.tensor([grpo.encode(": c"), grpo.encode(": z"), grpo.encode(": a")])
     completions = torch.tensor([grpo.encode("defg"), grpo.encode("abzz"), grpo.encode("a. b")])
@@ -108,11 +115,12 @@ def test_pruning_leaves_ragged_groups(grpo):
     [
         (["--group", "1"], "--group must be at least 2, got 1"),
         (["--prompts", "27"], "--prompts must be at most 26, got 27"),
-        (["--lr", "0"], "--lr must be positive, got 0.0"),
+        (["--lr", "0"], "--lr must be positive and finite, got 0.0"),
         (["--prune", "1"], "--prune must be at least 0 and below 1, got 1.0"),
         (["--micro", "-1"], "--micro must be at least 0, got -1"),
         (["--micro", "2", "--loss", "rebel"], "--loss rebel compares all completions of a group"),
-        (["--eta", "0"], "--eta must be positive, got 0.0"),
+        (["--eta", "0"], "--eta must be positive and finite, got 0.0"),
+        (["--entropy", "inf"], "--entropy must be at least 0 and finite, got inf"),
         (["--output", "a.txt"], "--output must end in .png, .svg or .pdf, got a.txt"),
     ],
 )
