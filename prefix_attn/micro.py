@@ -151,6 +151,35 @@ class Barrier(torch.autograd.Function):
         return None, *grads
 
 
+class WholeBackward(torch.autograd.Function):
+    """Identity. Refuses a backward that is asked for the gradients of some tensors alone.
+
+    That would run only what leads to them, so without `Join` where no own rows do. The anchor is a
+    leaf that nobody asks for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        """x as it is."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """Its gradient as it is.
+
+        Raises:
+            RuntimeError: if the gradient of the anchor is not wanted.
+        """
+        (anchor, _), *_ = ctx.next_functions
+        if not torch._C._will_engine_execute_node(anchor):
+            raise RuntimeError(
+                "torch.autograd.grad and backward(inputs=...) leave out the gradients of the "
+                "prefixes that micro-batches share: call backward() without inputs inside "
+                "micro_groups"
+            )
+        return None, grad
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Neighbouring rows of a layout: own ones of a pass, or some that a block recorded.

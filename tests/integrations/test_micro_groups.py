@@ -462,6 +462,26 @@ def test_micro_groups_refuse_an_optimizer_step_while_prefixes_are_open():
     optimizer.step()  # outside of the block nothing is in the way
 
 
+@pytest.mark.parametrize("way", ["torch.autograd.grad", "inputs"])
+def test_micro_groups_refuse_gradients_of_some_tensors_alone(way):
+    """They would lack what the members leave at the rows of the prefix."""
+    batches = cut(group(4), [2, 2])
+    model = build()
+    weights = list(model.parameters())
+
+    def step() -> None:
+        with micro_groups(model, batches, min_tokens=1):
+            for batch in batches:
+                loss = loss_of(model, batch)
+                if way == "inputs":
+                    loss.backward(inputs=weights)
+                else:
+                    torch.autograd.grad(loss, weights)
+
+    with pytest.raises(RuntimeError, match=r"autograd.grad and backward\(inputs=...\) leave out"):
+        step()
+
+
 @pytest.mark.parametrize(
     ("calls", "message"),
     [

@@ -25,7 +25,7 @@ from prefix_attn.integrations.transformers.decoder import decoder_of
 from prefix_attn.integrations.transformers.enable import check_once
 from prefix_attn.integrations.transformers.micro_refusals import recomputes, refuse_unserved
 from prefix_attn.integrations.transformers.token_keywords import KNOWN
-from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan
+from prefix_attn.micro import Barrier, Block, Join, Pairs, Part, Pass, Plan, WholeBackward
 from prefix_attn.radix import find_prefixes
 from prefix_attn.recurrence import HandBack
 
@@ -449,8 +449,9 @@ class MicroGroups:
         names = list(outputs) or _recorded_outputs(run)
         values: dict[str, Any] = {}
         rows = self._local_rows[batch].to(kwargs["input_ids"].device)
+        anchor = torch.zeros((), device=rows.device, requires_grad=True)
         for name in names:
-            packed = self._lay(run, name, outputs, closed)
+            packed = WholeBackward.apply(anchor, self._lay(run, name, outputs, closed))
             back = HandBack.apply(packed, rows)
             output, place = name
             if output == "router_logits":  # slots end to end
