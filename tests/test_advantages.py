@@ -161,7 +161,8 @@ def test_pruning_drops_as_many_as_the_rate_says():
     for percent in range(100):  # 100 * 0.29 is less than 29 in floating point
         assert len(prune_completions(torch.randn(100), percent / 100)) == 100 - percent
     assert len(prune_completions(torch.randn(7), 1 - 1e-12)) == 1
-    assert prune_completions(torch.ones(0), 0.5).shape == (0,)
+    for sizes in (None, 4, []):
+        assert prune_completions(torch.ones(0), 0.5, group_sizes=sizes).tolist() == []
 
 
 @pytest.mark.parametrize(

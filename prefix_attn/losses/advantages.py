@@ -173,7 +173,7 @@ def prune_completions(
     sizes = [count]
     if group_sizes is not None:
         sizes = sizes_of_groups("advantages", count, group_sizes)
-    left, start = [], 0
+    left, start = [torch.zeros(0, dtype=torch.int64, device=advantages.device)], 0
     for group in advantages.abs().split(sizes):
         # 0.29 of 100 is 29, though their product in floating point is a little less.
         keep = max(1, len(group) - math.floor(round(len(group) * rate, 9)))
