@@ -23,6 +23,7 @@ from prefix_attn.api import prefix_attention
 from prefix_attn.layout import PrefixLayout
 
 Decoder = TypeVar("Decoder", bound=torch.nn.Module)
+WINDOWS = ("window_size", "sliding_window_size")  # of torchtitan's attention layers
 
 
 class PrefixAttention(Module):
@@ -79,8 +80,14 @@ class PrefixAttention(Module):
             )
         if q.shape[0] != 1:
             raise ValueError(f"q must have shape (1, T, Hq, D), got {tuple(q.shape)}")
-        on = [name for name, value in options.items() if value not in (None, False)]
-        if on and options != {"is_causal": True}:
+        if options.pop("is_causal", True) is False:
+            raise NotImplementedError("PrefixAttention is causal, got is_causal=False")
+        on = [
+            name
+            for name, value in options.items()
+            if isinstance(value, Tensor) or value not in (None, False)
+        ]
+        if on:
             raise NotImplementedError(f"PrefixAttention does not know {', '.join(on)}")
         out = prefix_attention(
             q[0], k[0], v[0], attention_masks, scale=scale, window_size=self.window_size
@@ -89,7 +96,22 @@ class PrefixAttention(Module):
 
 
 def serve_masks(model: Decoder) -> Decoder:
-    """Makes `model.get_attention_masks(positions)` return the layout of the packed row."""
+    """Makes `model.get_attention_masks(positions)` return the layout of the packed row.
+
+    Raises:
+        NotImplementedError: for layers with another window than their `PrefixAttention`, which
+            torchtitan would put into the masks.
+    """
+    for name, module in model.named_modules():
+        inner = getattr(module, "inner_attention", None)
+        if not isinstance(inner, PrefixAttention):
+            continue
+        window = next((getattr(module, x) for x in WINDOWS if hasattr(module, x)), None)
+        if window is not None and window != inner.window_size:
+            raise NotImplementedError(
+                f"{name} has a window of {window}, its PrefixAttention {inner.window_size}: set "
+                f"PrefixAttention.Config(window_size={window}) there"
+            )
     model.get_attention_masks = MethodType(_layout_of, model)  # type: ignore[assignment]
     return model
 

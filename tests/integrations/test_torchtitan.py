@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.muse_glimmer import _debugmodel as _debugmodel_of_muse
 from torchtitan.models.qwen3 import _debugmodel
 
 from prefix_attn import PrefixLayout
@@ -87,4 +88,24 @@ def test_what_is_no_packed_row_is_refused():
         attention(q.expand(3, -1, -1, -1), q, q, attention_masks=layout)
     with pytest.raises(NotImplementedError, match="does not know softcap"):
         attention(q, q, q, attention_masks=layout, softcap=3.0)
-    assert attention(q, q, q, attention_masks=layout, is_causal=True).shape == q.shape
+    with pytest.raises(NotImplementedError, match="does not know sinks"):
+        attention(q, q, q, attention_masks=layout, sinks=torch.zeros(2))
+    with pytest.raises(NotImplementedError, match="is causal, got is_causal=False"):
+        attention(q, q, q, attention_masks=layout, is_causal=False)
+    options = {"is_causal": True, "block_mask": None, "return_lse": False}
+    assert attention(q, q, q, attention_masks=layout, **options).shape == q.shape
+
+
+def test_windows_of_layers_are_not_lost():
+    """torchtitan puts the windows of Muse Glimmer into its masks, which a layout stands in for."""
+    config = _debugmodel_of_muse("flex")
+    config.layers = config.layers[:1]
+    attention = config.layers[0].attention
+    attention.inner_attention = PrefixAttention.Config()
+    message = r"attention has a window of 128, its PrefixAttention None: .*\(window_size=128\)"
+    with torch.device("meta"), pytest.raises(NotImplementedError, match=message):
+        serve_masks(config.build())
+    attention.inner_attention = PrefixAttention.Config(window_size=128)
+    with torch.device("meta"):
+        model = serve_masks(config.build())
+    assert model.get_attention_masks(torch.arange(3)[None]).num_tokens == 3
