@@ -23,12 +23,13 @@ class Plugin(BasePlugin):
         Raises:
             NotImplementedError: for settings whose batches can't be packed, by name.
         """
-        if cfg.sample_packing:
-            raise NotImplementedError(
-                "sample_packing numbers the sequences of a row in its attention mask, which "
-                "prefix_attn would take for one sequence: set it to false. The sequences of a "
-                "padded batch are packed, too"
-            )
+        for name in ("sample_packing", "eval_sample_packing"):
+            if getattr(cfg, name):
+                raise NotImplementedError(
+                    f"{name} numbers the sequences of a row in its attention mask, which "
+                    "prefix_attn would take for one sequence: set it to false. The sequences of a "
+                    "padded batch are packed, too"
+                )
         size = cfg.context_parallel_size or cfg.sequence_parallel_degree or 1
         if size > 1:
             raise NotImplementedError(

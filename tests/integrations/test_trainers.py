@@ -86,7 +86,8 @@ def test_model_of_axolotl_matches_its_ordinary_run():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"sample_packing": True}, "sample_packing numbers the sequences"),
+        ({"sample_packing": True}, "^sample_packing numbers the sequences"),
+        ({"eval_sample_packing": True}, "^eval_sample_packing numbers the sequences"),
         ({"context_parallel_size": 2}, "context_parallel_size is 2"),
     ],
 )
