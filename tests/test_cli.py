@@ -145,9 +145,11 @@ SHAPE = ("--prefix", "8", "--suffix", "4", "--group", "2")
         (["estimate", *SHAPE, "--plot", "no/such/x.png"], "no/such/x.png: No such file"),
         (["estimate", *SHAPE, "--suffix", "2000000000"], "at most 2147483647 tokens"),
         (["estimate", *SHAPE, "--prefix", "0", "--suffix", "0"], "there are no tokens"),
+        (["estimate", *SHAPE, "--layers", "1" + 320 * "0"], "argument --layers: must be at most"),
         (["inspect", "no-such.jsonl"], "can't read no-such.jsonl: No such file or directory"),
         (["inspect", "."], "can't read .: Is a directory"),
         (["inspect", "x", "--limit", "0"], "argument --limit: must be at least 1, got 0"),
+        (["inspect", "x", "--tokenizer", ""], "error: --tokenizer "),
         (["inspect", "x", "--depth", "65"], "--depth must be at most 64, got 65"),
         (["bench", "--minutes", "0"], "argument --minutes: must be positive, got 0"),
         (["bench", "--minutes", "soon"], "argument --minutes: must be a number, got 'soon'"),
@@ -202,6 +204,13 @@ def test_output_that_fails_is_one_message(arguments):
     assert done.returncode == 2
     assert done.stderr.endswith("error: can't write to standard output: No space left on device\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_errors_that_cannot_be_written_keep_the_exit_code(monkeypatch):
+    with open("/dev/full", "w") as full:  # closing it would fail, as the exit does
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["inspect", "no-such.jsonl"]) == 2
 
 
 def test_closed_streams_are_one_message(monkeypatch, capsys, tmp_path):
@@ -367,10 +376,23 @@ def test_heat_map_holds_ideal_speed_ups_and_fits():
     assert own == f"[{PrefixLayout.from_lengths([1000], [[100] * 4]).flop_ratio:.1f}]"
 
 
-@pytest.mark.parametrize("shape", [(0, 7, 3), (7, 0, 3), (7, 9, 1), (10**8, 10**7, 20)])
+ODD_SHAPES = [(0, 7, 3), (7, 0, 3), (7, 9, 1), (10**8, 10**7, 20), (100, 1, 10**6), (1, 0, 2**31)]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_heat_map_of_odd_shapes_marks_them(shape):
     case = case_of(*shape)
     assert f"[{case.attention_ratio:.1f}]" in estimate.heat_map(case)
+
+
+def test_heat_map_leaves_out_what_no_layout_holds(tmp_path):
+    case = case_of(2**30, 2, 2**28)
+    last = estimate.heat_map(case).splitlines()[-2:]
+    assert [line.split()[0] for line in last] == ["65536", str(2**30)]
+    crowded = estimate.heat_map(case_of(100, 1, 2**31 // 4096 - 1)).splitlines()
+    assert crowded[-1].split()[-1] == "-"  # 65,536 and 4096 for each member
+    pytest.importorskip("matplotlib")
+    estimate.draw(case, tmp_path / "map.png")
 
 
 @pytest.mark.parametrize("columns", [20, 34, 52, 100])
@@ -565,6 +587,14 @@ def test_inspect_says_that_the_whole_file_shares(run, tmp_path):
     assert words in run("inspect", path)[1]
     assert words not in run("inspect", path, "--batch", 8)[1]
     assert words not in run("inspect", path, "--limit", 1)[1]
+
+
+def test_inspect_names_integers_of_too_many_digits(run, tmp_path):
+    path = lines_file(tmp_path / "x.jsonl", f"[{'9' * 5000}]\n", [1, 2])
+    code, out, err = run("inspect", path)
+    assert code == 0
+    assert "left out     1 bad line" in out
+    assert err.startswith("line 1 left out: Exceeds the limit")
 
 
 def test_inspect_without_good_lines_is_an_error(run, tmp_path):
@@ -1053,6 +1083,31 @@ def test_inspect_reads_parquet(run, tmp_path):
     code, _, err = run("inspect", path)
     assert code == 2
     assert f"can't read {path}: " in err
+
+
+def test_inspect_reads_parquet_from_a_pipe(tmp_path, monkeypatch):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["ab", "ac"]}), path)
+    reader, writer = os.pipe()
+    os.write(writer, path.read_bytes())
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=pipe))
+        rollouts = read("-", [], None, None)
+    assert [x.tobytes() for x in rollouts.sequences] == [b"ab", b"ac"]
+
+
+def test_inspect_reads_parquet_with_times_that_python_has_no_type_for(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "x.parquet"
+    times = {
+        "when": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "where": pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Phobos")),
+    }
+    parquet.write_table(pyarrow.table({"text": ["ab"], **times}), path)
+    (sequence,) = read(str(path), [], None, None).sequences
+    assert sequence.tobytes() == b"ab"
 
 
 def test_inspect_names_missing_pyarrow(run, tmp_path, monkeypatch):

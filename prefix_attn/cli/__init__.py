@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 
 from prefix_attn.cli.arguments import parser
-from prefix_attn.cli.terminal import UsageError, complain, emit
+from prefix_attn.cli.terminal import UsageError, complain, emit, silence
 
 INTERRUPTED = 130
 
@@ -59,8 +58,7 @@ def _finished(name: str, code: int, text: str | None = None) -> int:
             emit(text)
         sys.stdout.flush()
     except OSError as error:
-        # Nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # else the reader, such as `head`, has gone
             complain(f"{name}: error: can't write to standard output: {error.strerror or error}")
             return 2

@@ -11,6 +11,8 @@ import prefix_attn
 # Names on the command line, and PyTorch's.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 MINUTES = 0.5
+# Of every integer: products of them stay far from what a float holds.
+MOST = 2**63 - 1
 # Of each command, a module of this package: what it does, and an example.
 COMMANDS = {
     "info": ("Says what is installed, what can run here, and whether it is right", "info --json"),
@@ -81,7 +83,7 @@ def _add_inspect(command: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         help="JSON lines, each a list of token ids or an object; or one JSON array of these; or "
-        "Parquet (needs pyarrow). JSON may be gzipped; - is JSON on standard input",
+        "Parquet (needs pyarrow). JSON may be gzipped; - is standard input",
     )
     add(
         "--column",
@@ -121,7 +123,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: integers from `least` on."""
+    """An argument type: integers from `least` to `MOST`."""
 
     def integer(text: str) -> int:
         try:
@@ -130,6 +132,8 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if value > MOST:
+            raise argparse.ArgumentTypeError(f"must be at most {MOST}, got {value}")
         return value
 
     return integer

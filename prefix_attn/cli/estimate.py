@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def heat_map(case: Case) -> str:
     shades = SHADES if can_print(SHADES) else PLAIN_SHADES
     column = max(8, len(str(case.suffix)) + 3)
     left = max(6, len(str(case.prefix))) + 1
-    suffixes = _around(SUFFIXES, case.suffix, max(1, (width() - left) // column))
+    prefixes, suffixes = _lengths(case, max(1, (width() - left) // column))
     lines = [
         paragraph(
             f"Ideal speed-up of attention for {counted(case.group, 'member')}. P goes down, S "
@@ -166,10 +166,13 @@ def heat_map(case: Case) -> str:
         ),
         " " * left + "".join(f"{s:>{column - 2}}  " for s in suffixes).rstrip(),
     ]
-    for prefix in _around(PREFIXES, case.prefix, len(PREFIXES) + 1):
+    for prefix in prefixes:
         cells = ""
         for suffix in suffixes:
-            other = replace(case, prefix=prefix, suffix=suffix)
+            other = _other(case, prefix, suffix)
+            if other is None:
+                cells += f"{'-':>{column - 2}}  "
+                continue
             # Equal steps of the logarithm, from 1 to the number of members.
             most = math.log(case.group) or 1.0
             shade = shades[round(math.log(other.attention_ratio) / most * (len(shades) - 1))]
@@ -179,7 +182,25 @@ def heat_map(case: Case) -> str:
     return "\n".join(lines)
 
 
-def _around(values: tuple[int, ...], own: int, count: int) -> list[int]:
+def _lengths(case: Case, columns: int) -> tuple[list[int], list[int]]:
+    """Prefixes, and as many suffixes as there are columns, those of the case among them."""
+    prefixes = [p for p in PREFIXES if _other(case, p, case.suffix)]
+    suffixes = [s for s in SUFFIXES if _other(case, case.prefix, s)]
+    return (
+        _around(prefixes, case.prefix, len(prefixes) + 1),
+        _around(suffixes, case.suffix, columns),
+    )
+
+
+def _other(case: Case, prefix: int, suffix: int) -> Case | None:
+    """The case with other lengths, or None where no layout holds so many tokens."""
+    try:
+        return replace(case, prefix=prefix, suffix=suffix)
+    except ValueError:
+        return None
+
+
+def _around(values: Sequence[int], own: int, count: int) -> list[int]:
     """Up to `count` of the values that lie nearest to `own`, and `own` itself, ascending."""
     nearest = sorted({*values, own}, key=lambda x: abs(math.log2((x + 1) / (own + 1))))
     return sorted(nearest[:count])
@@ -196,16 +217,17 @@ def draw(case: Case, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(f"--plot needs matplotlib: pip install matplotlib ({error})") from None
-    prefixes = _around(PREFIXES, case.prefix, len(PREFIXES) + 1)
-    suffixes = _around(SUFFIXES, case.suffix, len(SUFFIXES) + 1)
-    cases = [[replace(case, prefix=p, suffix=s) for s in suffixes] for p in prefixes]
-    ratios = [[other.attention_ratio for other in row] for row in cases]
+    prefixes, suffixes = _lengths(case, len(SUFFIXES) + 1)
+    cases = [[_other(case, p, s) for s in suffixes] for p in prefixes]
+    ratios = [[other.attention_ratio if other else math.nan for other in row] for row in cases]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     norm = LogNorm(1, max(case.group, 2))
     image = axes.imshow(ratios, norm=norm, cmap="viridis", aspect="auto", origin="lower")
     for i, row in enumerate(ratios):
         for j, ratio in enumerate(row):
+            if cases[i][j] is None:
+                continue
             own = cases[i][j] == case
             axes.text(
                 j,

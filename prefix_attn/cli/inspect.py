@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Reads the file, merges equal prefixes, returns figures and the tree; exit code 0."""
     if args.depth > MAX_DEPTH:
         raise UsageError(f"--depth must be at most {MAX_DEPTH}, got {args.depth}")
-    tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = None if args.tokenizer is None else _tokenizer(args.tokenizer)
     try:
         rollouts = read(args.file, args.column, tokenizer, args.limit)
     except ReadError as error:

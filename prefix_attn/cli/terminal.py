@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 MIN_WIDTH, MAX_WIDTH = 20, 100
 
@@ -21,9 +23,17 @@ def on_terminal() -> bool:
 
 
 def complain(text: str) -> None:
-    """Prints a line on standard error, unless that is closed."""
+    """Prints a line on standard error, unless that is closed or can't be written."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:  # the exit code says it as well
+            silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Throws away what a stream that can't be written still holds, which is tried again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def emit(text: str) -> None:

@@ -74,11 +74,16 @@ def _rows(stream: BinaryIO, shown: str) -> Iterator[Value]:
             f"{shown} is Parquet, which needs pyarrow: pip install prefix-attn[inspect]"
         ) from None
     try:
+        # Its columns are listed at its end, and a pipe has no way back.
+        file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+        schema = file.schema_arrow
+        # Times hold no tokens, and Python has no type for some of them.
+        columns = [x.name for x in schema if not pyarrow.types.is_temporal(x.type)]
         number = 0
-        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
             for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
                 yield "row", number, row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:
         raise ReadError(f"can't read {shown}: {error}") from None
 
 
@@ -108,7 +113,7 @@ def _parsed(line: bytes) -> Any:
         return ValueError(f"not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
         return ValueError(f"not JSON ({error.msg}, column {error.colno})")
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
         return ValueError(str(error))
 
 
