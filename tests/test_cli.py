@@ -671,6 +671,99 @@ def test_inspect_reads_known_columns(tmp_path, record, columns, texts):
     assert rollouts.unit == "bytes"
 
 
+USER = {"role": "user", "content": "a"}
+CALLS = [
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+    {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "4"},
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "columns", "texts"),
+    [
+        (
+            [
+                {"instruction": "a", "input": None, "output": "c"},
+                {"instruction": "a", "input": "b", "output": "c"},
+            ],
+            ["instruction", "input", "output"],
+            ["ac", "abc"],
+        ),
+        (
+            [{"messages": [USER]}, {"system": "b", "messages": [USER]}],
+            ["system", "messages"],
+            ["<user>\na\n", "b<user>\na\n"],
+        ),
+        (
+            [{"system": "b", "messages": [USER]}, {"messages": [USER]}],
+            ["system", "messages"],
+            ["b<user>\na\n", "<user>\na\n"],
+        ),
+        ([{"system": None, "messages": [USER]}], ["messages"], ["<user>\na\n"]),
+        (
+            [{"input_ids": [65]}, {"input_ids": [65], "output_ids": [66]}],
+            ["input_ids", "output_ids"],
+            ["A", "AB"],
+        ),
+        (
+            [
+                {
+                    "params": {
+                        "system": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}],
+                        "messages": [USER],
+                    }
+                }
+            ],
+            ["params.system", "params.messages"],
+            ["bc<user>\na\n"],
+        ),
+        (
+            [{"body": {"input": [USER, *CALLS]}}],
+            ["body.input"],
+            [
+                "<user>\na\n<assistant>\n<reasoning_content>\nhm\n\n<assistant>\n\n<tool_calls>\n"
+                '[{"type": "function", "function": {"name": "f", "arguments": "{}"}}]\n<tool>\n4\n'
+            ],
+        ),
+    ],
+)
+def test_inspect_reads_what_each_object_has(tmp_path, records, columns, texts):
+    rollouts = read(str(lines_file(tmp_path / "x.jsonl", *records)), [], None, None)
+    assert rollouts.bad == []
+    assert rollouts.paths == (tuple(columns),)
+    assert [bytes(x.tolist()).decode() for x in rollouts.sequences] == texts
+
+
+@pytest.mark.parametrize(
+    ("empty", "full", "columns"),
+    [
+        ({"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}, []),
+        ({"prompt": "a", "outputs": []}, {"prompt": "a", "outputs": [{"text": "b"}]}, []),
+        ({"x": None}, {"x": "ab"}, ["x"]),
+        ({"x": {"y": None}}, {"x": {"y": "ab"}}, ["x.y"]),
+    ],
+)
+def test_inspect_leaves_out_objects_that_hold_nothing(tmp_path, empty, full, columns):
+    path = lines_file(tmp_path / "x.jsonl", empty, full, empty)
+    rollouts = read(str(path), columns, None, None)
+    assert [x.tobytes() for x in rollouts.sequences] == [b"ab"]
+    assert [number for number, _ in rollouts.bad] == [1, 3]
+    assert all("holds nothing" in why for _, why in rollouts.bad)
+
+
+@pytest.mark.parametrize("full", ["ab", [1, 2]])
+@pytest.mark.parametrize("empty", ["", []])
+def test_inspect_takes_what_is_empty_for_text_and_for_ids(tmp_path, empty, full):
+    path = lines_file(tmp_path / "x.jsonl", {"text": empty}, {"text": full}, {"text": empty})
+    rollouts = read(str(path), [], None, None)
+    assert rollouts.bad == []
+    assert rollouts.unit == ("bytes" if full == "ab" else "tokens")
+    joined = lines_file(tmp_path / "y.jsonl", {"prompt": full, "completion": empty})
+    (sequence,) = read(str(joined), [], None, None).sequences
+    assert sequence.tolist() == ([97, 98] if full == "ab" else [1, 2])
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_inspect_reads_one_array(run, tmp_path, indent):
     records = [{"input_ids": x} for x in IDS]
@@ -933,6 +1026,19 @@ def test_inspect_tells_pictures_apart_and_says_that_it_does_not_count_them(run, 
     assert rollouts.chat.media == 3
     out = run("inspect", tmp_path / "x.jsonl")[1]
     assert re.search(r"NOT COUNTED +3 picture or such parts: each stands as", out)
+
+
+def test_inspect_digests_documents_and_pictures_that_tools_found(tmp_path):
+    def asked(data):
+        source = {"type": "base64", "data": data}
+        found = {"type": "tool_result", "content": [{"type": "image", "source": source}]}
+        content = [{"type": "document", "source": source}, found]
+        return {"messages": [{"role": "user", "content": content}]}
+
+    (one, other), rollouts = texts(tmp_path, asked("x" * 999), asked("y" * 999))
+    assert one != other
+    assert len(one) == len(other) < 200
+    assert rollouts.chat.media == 4
 
 
 class DroppingTokenizer(FakeTokenizer):

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from prefix_attn.rollouts.files import ReadError, values_of, with_progress
-from prefix_attn.rollouts.messages import Chat, is_messages
+from prefix_attn.rollouts.messages import Chat, is_messages, is_text_parts
 
 # Columns that are found by themselves, the first that are all there. `a + b` puts one after the
-# other, `x and y` are two sequences. `a.b` is b of the object a, or of each object in the list a.
+# other, `a? + b` where the object has it, `x and y` are two sequences. `a.b` is b of the object a,
+# or of each object in the list a.
 KNOWN = (
     "prompt_ids + completion_ids, prompt_ids + response_ids, prompt_token_ids + token_ids, "
     "prompt_token_ids + outputs.token_ids, prompt_token_ids + choices.token_ids, "
-    "input_ids + output_ids, input_ids, token_ids, tokens, prompt + completion, "
+    "input_ids + output_ids?, token_ids, tokens, prompt + completion, "
     "prompt + completions, prompt + response, prompt + responses, prompt + outputs.text, "
-    "prompt + chosen and prompt + rejected, chosen and rejected, system + messages, messages, "
-    "system + conversations, conversations, body.messages, body.prompt, "
-    "body.instructions + body.input, body.input, params.system + params.messages, "
-    "params.messages, question + answer, instruction + input + output, instruction + output, "
+    "prompt? + chosen and prompt? + rejected, system? + messages, system? + conversations, "
+    "body.messages, body.prompt, body.instructions? + body.input, "
+    "params.system? + params.messages, question + answer, instruction + input? + output, "
     "input + output, text"
 )
 Paths = tuple[tuple[str, ...], ...]
@@ -44,26 +44,31 @@ class Rollouts:
     Attributes:
         sequences: token ids (int32), or UTF-8 bytes (uint8) of text without a tokenizer.
         paths: the columns that were read; empty for lines that are lists or strings.
+        optional: those of them that an object may lack.
+        absent: those that every object lacked, which are no part of `paths` in the end.
         unread: other columns of the first object that hold text, lists or objects.
         bad: number and reason of every line, item or row that was left out.
         masked: tokens that were left out because a mask or a length says that they are padding.
         noun: what is numbered: lines, the items of one JSON array, or rows.
+        is_text: whether the sequences are text; None where all are empty, and could be either.
         chat: what became of messages.
     """
 
     chat: Chat
     sequences: list[np.ndarray] = field(default_factory=list)
     paths: Paths = ()
+    optional: frozenset[str] = frozenset()
+    absent: set[str] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     masked: int = 0
     noun: str = "line"
+    is_text: bool | None = None
 
     @property
     def unit(self) -> str:
         """What the sequences are made of: tokens, or bytes."""
-        is_text = self.sequences and self.sequences[0].dtype == np.uint8
-        return "bytes" if is_text else "tokens"
+        return "bytes" if self.is_text else "tokens"
 
 
 def read(name: str, columns: list[str], tokenizer: Any, limit: int | None) -> Rollouts:
@@ -92,12 +97,17 @@ def read(name: str, columns: list[str], tokenizer: Any, limit: int | None) -> Ro
             elif columns and not isinstance(value, dict):
                 raise ValueError(f"--column needs an object, this is {_kind(value)}")
             sequences = list(_sequences(value, rollouts))
-            if len({x.dtype for x in [*rollouts.sequences[:1], *sequences]}) > 1:
+            kinds = {x.dtype == np.uint8 for x in sequences if len(x)}
+            if len(kinds | {rollouts.is_text} - {None}) > 1:
                 raise ValueError("token ids and text can't be compared without --tokenizer")
         except (ValueError, RecursionError) as error:
             rollouts.bad.append((number, str(error)))
             continue
         rollouts.sequences += sequences
+        rollouts.is_text = next(iter(kinds), rollouts.is_text)
+    rollouts.paths = tuple(
+        tuple(column for column in path if column not in rollouts.absent) for path in rollouts.paths
+    )
     if not rollouts.sequences:
         reasons = [f"\n  {rollouts.noun} {number}: {why}" for number, why in rollouts.bad[:5]]
         raise ReadError(f"{shown} holds no sequence{':' if reasons else ''}{''.join(reasons)}")
@@ -112,29 +122,46 @@ def _choose(record: dict[str, Any], columns: list[str], where: str, rollouts: Ro
 
     Raises:
         ReadError: if there are none.
-        ValueError: instead, if good lines came before: then this one is bad.
+        ValueError: instead, if good lines came before, or this one has columns that hold nothing:
+            then it is bad.
     """
     there = ", ".join(map(repr, record)) or "none"
     for column in columns:
-        if not _has(record, column):
+        if not _is_named(record, column):
             raise ReadError(f"--column {column!r} is not in {where}; there are: {there}")
     if not columns and "custom_id" in record and isinstance(record.get("response"), dict):
         raise ReadError(f"{where} {BATCH_OUTPUT}")
-    known = [
-        tuple(tuple(path.split(" + ")) for path in paths.split(" and "))
-        for paths in KNOWN.split(", ")
-    ]
-    found = (paths for paths in known if all(_has(record, x) for path in paths for x in path))
-    paths: Paths = (tuple(columns),) if columns else next(found, ())
-    if not paths:
+    known = [((tuple(columns),), frozenset[str]())] if columns else _known()
+    named = [choice for choice in known if all(_is_named(record, x) for x in _needed(*choice))]
+    filled = [choice for choice in named if all(_has(record, x) for x in _needed(*choice))]
+    if not named:
         none = f"none of the columns this command knows; there are: {there}"
         if rollouts.sequences:
             raise ValueError(none)
         raise ReadError(f"{where} has {none}; name one or more with --column")
-    rollouts.paths = paths
+    paths, optional = (filled or named)[0]
+    for column in _needed(paths, optional):
+        _filled(record, column)
+    rollouts.paths, rollouts.optional, rollouts.absent = paths, optional, set(optional)
     read = {column for path in paths for column in path}
     read |= {tells[x] for tells in (MASKS, LENGTHS) for x in read & set(tells)}
     rollouts.unread = list(_unread(record, read | set(map(_beside, read)), ""))
+
+
+def _known() -> list[tuple[Paths, frozenset[str]]]:
+    """The sets of columns in `KNOWN`, and which of each are optional."""
+    sets = []
+    for text in KNOWN.split(", "):
+        marked = [path.split(" + ") for path in text.split(" and ")]
+        paths = tuple(tuple(x.removesuffix("?") for x in path) for path in marked)
+        optional = frozenset(x[:-1] for path in marked for x in path if x.endswith("?"))
+        sets.append((paths, optional))
+    return sets
+
+
+def _needed(paths: Paths, optional: frozenset[str]) -> list[str]:
+    """The columns that are not optional."""
+    return [column for path in paths for column in path if column not in optional]
 
 
 def _beside(column: str) -> str:
@@ -159,6 +186,30 @@ def _has(record: dict[str, Any], column: str) -> bool:
         return any(value is not None for value in _look_up(record, column))
     except ValueError:
         return False
+
+
+def _is_named(record: Any, column: str) -> bool:
+    """Whether a column is there, or could be: inside of a null or an empty list."""
+    if record is None or record == []:
+        return True
+    if isinstance(record, list):
+        return any(_is_named(x, column) for x in record)
+    if not isinstance(record, dict):
+        return False
+    first, _, rest = column.partition(".")
+    return column in record or (bool(rest) and first in record and _is_named(record[first], rest))
+
+
+def _filled(record: Any, column: str) -> list[Any]:
+    """What a column holds.
+
+    Raises:
+        ValueError: if that is nothing but nulls.
+    """
+    values = _look_up(record, column)
+    if all(value is None for value in values):
+        raise ValueError(f"column {column!r} holds nothing")
+    return values
 
 
 def _look_up(record: Any, column: str) -> list[Any]:
@@ -187,15 +238,17 @@ def _sequences(value: Any, rollouts: Rollouts) -> Iterator[np.ndarray]:
             yield _joined([part], rollouts)
         return
     for path in rollouts.paths:
+        there = [x for x in path if x not in rollouts.optional or _has(value, x)]
+        rollouts.absent.difference_update(there)
         tools = _beside(path[-1])
         rollouts.chat.tools = _look_up(value, tools)[0] if _has(value, tools) else None
-        for parts in product(*(_column(value, column, rollouts) for column in path)):
+        for parts in product(*(_column(value, column, rollouts) for column in there)):
             yield _joined(list(parts), rollouts)
 
 
 def _column(record: dict[str, Any], column: str, rollouts: Rollouts) -> list[Any]:
     """What a column holds, without the padding that a mask or lengths tell."""
-    where, values = f"column {column!r}", _look_up(record, column)
+    where, values = f"column {column!r}", _filled(record, column)
     # By its name the column holds token ids: a list of strings there is no list of texts.
     has_ids = column == "tokens" or column.endswith("_ids")
     if has_ids and any(isinstance(x, str) or _has_strings(x) for x in values):
@@ -237,6 +290,7 @@ def _joined(parts: list[Any], rollouts: Rollouts) -> np.ndarray:
     if len(parts) > 1 and all(map(is_messages, parts)):
         parts = [[message for part in parts for message in part]]
     pieces = [rollouts.chat.encode(part, is_first=not i) for i, part in enumerate(parts)]
+    pieces = [piece for piece in pieces if len(piece)] or pieces[:1]  # an empty one fits to all
     if len({piece.dtype for piece in pieces}) > 1:
         raise ValueError("token ids and text can't be joined without --tokenizer")
     return np.concatenate(pieces)
@@ -248,6 +302,8 @@ def _alternatives(value: Any, where: str) -> list[Any]:
         return [value]
     if is_messages([value]):
         return [[value]]
+    if is_text_parts(value):
+        return ["".join(part["text"] for part in value)]
     if isinstance(value, list) and all(type(x) is int for x in value):
         odd = next((x for x in value if not 0 <= x <= MAX_ID), None)
         if odd is not None:

@@ -16,7 +16,11 @@ ROLES = {"human": "user", "gpt": "assistant"}
 BEFORE = ("reasoning_content", "reasoning", "thinking")
 AFTER = ("tool_calls", "function_call")
 # Beginnings of the types of parts that have no text.
-MEDIA = ("image", "input_image", "audio", "input_audio", "video", "file", "input_file")
+MEDIA = ("image", "input_image", "audio", "input_audio", "video", "file", "input_file", "document")
+# Types of parts that are text.
+TEXTS = ("text", "input_text", "output_text")
+# Types of items that OpenAI's Responses put among messages.
+CALL, CALL_OUTPUT, REASONING = "function_call", "function_call_output", "reasoning"
 
 
 @dataclass
@@ -60,7 +64,8 @@ class Chat:
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message with a role and content, without nulls, which Parquet puts into its gaps."""
-        message = {**_without_nulls(message), "content": message.get("content")}
+        message = _as_message(_without_nulls(message))
+        message.setdefault("content", None)
         if "value" in message and message["content"] is None:
             name, message["content"] = str(message.pop("from")), message.pop("value")
             message["role"] = ROLES.get(name, name)
@@ -70,7 +75,11 @@ class Chat:
 
     def _part(self, part: Any) -> Any:
         """A part of a content: media become a text that is the same for the same media."""
-        if not isinstance(part, dict) or not str(part.get("type")).startswith(MEDIA):
+        if not isinstance(part, dict):
+            return part
+        if not str(part.get("type")).startswith(MEDIA):
+            if isinstance(part.get("content"), list):  # what a tool found
+                return {**part, "content": [self._part(x) for x in part["content"]]}
             return part
         self.media += 1
         digest = hashlib.sha256(_json(part).encode("utf-8", "surrogatepass")).hexdigest()
@@ -129,15 +138,46 @@ class Chat:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether this is a list of messages, with a role or content, or ShareGPT's two keys."""
+    """Whether this is a list of messages: with a role or content, ShareGPT's keys, or a call."""
     return (
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(x, dict) and (x.keys() & {"content", "role"} or {"from", "value"} <= set(x))
+            isinstance(x, dict)
+            and (
+                x.keys() & {"content", "role"}
+                or {"from", "value"} <= set(x)
+                or x.get("type") in (CALL, CALL_OUTPUT, REASONING)
+            )
             for x in value
         )
     )
+
+
+def is_text_parts(value: Any) -> bool:
+    """Whether this is a list of parts of a content that are text, such as Anthropic's system."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(x, dict) and x.get("type") in TEXTS and isinstance(x.get("text"), str)
+            for x in value
+        )
+    )
+
+
+def _as_message(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of OpenAI's Responses as the message that Chat Completions have for it."""
+    kind = item.get("type")
+    if kind == CALL:
+        call = {name: item[name] for name in ("name", "arguments") if name in item}
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    if kind == CALL_OUTPUT:
+        return {"role": "tool", "content": item.get("output")}
+    if kind == REASONING:
+        parts = item.get("content") or item.get("summary") or []
+        return {"role": "assistant", "reasoning_content": "\n".join(map(_written, parts))}
+    return dict(item)
 
 
 def _written(part: Any) -> str:
