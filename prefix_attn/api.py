@@ -227,6 +227,9 @@ def _check_tensors(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else x.layout
+            raise ValueError(f"{name} must be a dense tensor of shape (T, H, D), got a {kind} one")
         if x.dim() != 3:
             raise ValueError(f"{name} must have shape (T, H, D), got {tuple(x.shape)}")
         if x.dtype not in DTYPES:

@@ -50,10 +50,17 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def _on_host(values: Any) -> Any:
+    """Tensors as arrays of NumPy, which knows neither bfloat16 nor float8; others as they are."""
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.double() if values.is_floating_point() else values).numpy()
+
+
 def bool_array(name: str, values: Any) -> np.ndarray:
     """Checks bools and returns them as such."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+    values = _on_host(values)
     if not is_list(values):
         raise ValueError(f"{name} must be a flat list of bools, got {shown(values)}")
     for i, value in enumerate(values):
@@ -64,8 +71,7 @@ def bool_array(name: str, values: Any) -> np.ndarray:
 
 def int_array(name: str, values: Any, least: int = 0) -> np.ndarray:
     """Checks integers against `least` and returns them as int64."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+    values = _on_host(values)
     try:
         raw = np.asarray(values)
     except (ValueError, TypeError) as error:

@@ -44,6 +44,16 @@ def test_call_that_the_errors_start_from_is_right() -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_other_than_dense_tensors_raise(name: str) -> None:
+    x = call_tensors()[name]
+    nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+    for other, kind in ((x.to_sparse(), "torch.sparse_coo"), (nested, "nested")):
+        message = f"{name} must be a dense tensor of shape (T, H, D), got a {kind} one"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(**{name: other})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_dimensions_other_than_three_raise(name: str) -> None:
     message = f"{name} must have shape (T, H, D), got (1, 7, 2, 16)"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -609,6 +609,7 @@ def test_str_counts_large_layouts():
         ([3, 1.5], [[1], [1]], r"prefix_lens must hold integers, got 1.5 at prefix_lens\[1\]"),
         ([3, NAN], [[1], [1]], r"prefix_lens must hold integers, got nan"),
         ([3], [torch.tensor([1.0])], r"suffix_lens\[0\] must hold integers, got 1.0"),
+        ([3], [torch.tensor([1.0]).bfloat16()], r"suffix_lens\[0\] must hold integers, got 1.0"),
         ([True], [[1]], r"prefix_lens must hold integers, got True"),
         (["3"], [[1]], r"prefix_lens must hold integers, got '3'"),
         ([None], [[1]], r"prefix_lens must hold integers, got None"),

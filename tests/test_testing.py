@@ -18,6 +18,7 @@ from prefix_attn.testing import (
     assert_model_within_budget,
     assert_within_budget,
     attention_results,
+    check_attention,
     compare,
     compare_attention,
     repeated_attention,
@@ -160,6 +161,25 @@ def test_budget_of_a_model_forgives_luck_and_names_a_wrong_parameter(broken, sca
 def test_budget_takes_empty_tensors():
     empty = torch.empty(0, 2, 16)
     assert compare("out", empty, empty, empty).share == 0
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_check_attention_takes_layouts_without_tokens(lengths):
+    layout = PrefixLayout.from_tree(lengths, [-1] * len(lengths))
+    results = check_attention(layout, Inputs.random(layout, lse=True, sinks=True))
+    assert results["dq"].shape == (0, 4, 32)
+    assert results["dsinks"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("shape", [(1,), (6, 1), (3, 2)])
+def test_budget_refuses_other_shapes(place, shape):
+    """Zeros, which broadcast, or have as many elements."""
+    tensors = [torch.zeros(shape if i == place else (2, 3)) for i in range(3)]
+    with pytest.raises(ValueError, match="out must have one shape"):
+        assert_within_budget("out", *tensors)
+    with pytest.raises(ValueError, match="out of weight must have one shape"):
+        assert_model_within_budget("out", *({"weight": x} for x in tensors), tokens=1)
 
 
 @pytest.mark.parametrize("lse", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -108,10 +108,16 @@ def attention_results(attention: Callable[..., Any], inputs: Inputs) -> Results:
     found = attention(leaves["q"], leaves["k"], leaves["v"], **named)
     outs = [found] if inputs.dlse is None else list(found)
     given = [inputs.dout] if inputs.dlse is None else [inputs.dout, inputs.dlse]
-    douts = [x.to(out.dtype) for x, out in zip(given, outs, strict=True)]
-    grads = torch.autograd.grad(
-        outs, list(leaves.values()), douts, allow_unused=True, materialize_grads=True
-    )
+    # An output that has no graph, as that of no sequences, adds nothing to the gradients.
+    reached = [
+        (out, x.to(out.dtype)) for out, x in zip(outs, given, strict=True) if out.requires_grad
+    ]
+    grads: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves.values()]
+    if reached:
+        with_graph, douts = zip(*reached, strict=True)
+        grads = torch.autograd.grad(
+            with_graph, list(leaves.values()), douts, allow_unused=True, materialize_grads=True
+        )
     results = {name: x.detach() for name, x in zip(("out", "lse"), outs, strict=False)}
     return results | {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
 

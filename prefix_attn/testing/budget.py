@@ -112,7 +112,15 @@ def compare(
         dtype: of the values that are rounded, that of `actual` by default. Its unit roundoff is u;
             a is that of the accumulator, float32 or better.
         rows: only these are compared.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
+    if not actual.shape == exact.shape == pytorch.shape:
+        raise ValueError(
+            f"{name} must have one shape, got {tuple(actual.shape)} under test, "
+            f"{tuple(exact.shape)} in float64 and {tuple(pytorch.shape)} of PyTorch"
+        )
     dtype = actual.dtype if dtype is None else dtype
     if rows is not None:
         actual, exact, pytorch = (x[rows] for x in (actual, exact, pytorch))
@@ -173,8 +181,13 @@ def assert_model_within_budget(
 
     Raises:
         AssertionError: with errors and limits; names the worst parameter.
+        ValueError: if shapes differ; names the parameter.
     """
     assert actual.keys() == exact.keys(), sorted(actual.keys() ^ exact.keys())
+    for key, x in exact.items():
+        if not actual[key].shape == x.shape == pytorch[key].shape:
+            shapes = (tuple(y[key].shape) for y in (actual, exact, pytorch))
+            raise ValueError(f"{name} of {key} must have one shape, got {[*shapes]}")
     dtype = next(iter(actual.values())).dtype
     whole = rms(torch.cat([x.detach().double().flatten() for x in exact.values()]))
     own_sizes = {key: rms(x) for key, x in exact.items()}
