@@ -310,6 +310,14 @@ class PrefixLayout:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @outside_inference_mode
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes out of inference mode what was loaded or copied there."""
+        vars(self).update(
+            (name, x.clone() if isinstance(x, Tensor) and x.is_inference() else x)
+            for name, x in state.items()
+        )
+
+    @outside_inference_mode
     def queries_for(self, segments: Sequence[int] | Tensor) -> PrefixLayout:
         """Returns the layout with queries for some segments only; keys and values stay for all.
 

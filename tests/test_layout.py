@@ -6,6 +6,7 @@ the definitions here read lengths and parents alone, and call neither.
 
 import copy
 import dataclasses
+import io
 import itertools
 import pickle
 import re
@@ -493,6 +494,8 @@ def test_layouts_made_in_inference_mode_can_be_trained_with():
         ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
         made = [
             PrefixLayout.from_tree(*TREE).to("cpu").queries_for([0, 1]),
+            copy.deepcopy(PrefixLayout.from_tree(*TREE)),
+            pickle.loads(pickle.dumps(PrefixLayout.from_tree(*TREE))),
             *PrefixLayout.from_sequences(ids, "cpu"),
             *PrefixLayout.from_padded(ids, torch.ones_like(ids)),
         ]
@@ -507,7 +510,18 @@ def test_layouts_made_in_inference_mode_can_be_trained_with():
     assert len(found) > 40
     assert not any(x.is_inference() for x in found)
     weight = torch.ones(4, requires_grad=True)
-    weight[made[2].clamp(max=3)].sum().backward()
+    weight[made[4].clamp(max=3)].sum().backward()
+
+
+def test_layouts_load_with_weights_only():
+    layout, buffer = PrefixLayout.from_tree(*TREE), io.BytesIO()
+    torch.save({"layout": layout}, buffer)
+    buffer.seek(0)
+    with torch.serialization.safe_globals([PrefixLayout]), torch.inference_mode():
+        loaded = torch.load(buffer, weights_only=True)["layout"]
+    assert torch.equal(loaded.segments, layout.segments)
+    assert torch.equal(loaded.materialize(), layout.materialize())
+    assert not any(x.is_inference() for x in _tensors(list(vars(loaded).values())))
 
 
 @pytest.mark.parametrize(
