@@ -678,6 +678,8 @@ CALLS = [
     {"type": "function_call_output", "call_id": "1", "output": "4"},
 ]
 
+SEALED = {"type": "reasoning", "summary": [], "encrypted_content": "xyz"}
+
 
 @pytest.mark.parametrize(
     ("records", "columns", "texts"),
@@ -701,6 +703,12 @@ CALLS = [
             ["b<user>\na\n", "<user>\na\n"],
         ),
         ([{"system": None, "messages": [USER]}], ["messages"], ["<user>\na\n"]),
+        ([{"messages": [{**USER, "type": "reasoning"}]}], ["messages"], ["<user>\na\n"]),
+        (
+            [{"body": {"input": [SEALED]}}],
+            ["body.input"],
+            ["<assistant>\n<reasoning_content>\nxyz\n\n"],
+        ),
         (
             [{"input_ids": [65]}, {"input_ids": [65], "output_ids": [66]}],
             ["input_ids", "output_ids"],

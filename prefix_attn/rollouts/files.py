@@ -76,9 +76,8 @@ def _rows(stream: BinaryIO, shown: str) -> Iterator[Value]:
     try:
         # Its columns are listed at its end, and a pipe has no way back.
         file = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-        schema = file.schema_arrow
         # Times hold no tokens, and Python has no type for some of them.
-        columns = [x.name for x in schema if not pyarrow.types.is_temporal(x.type)]
+        columns = [x.name for x in file.schema_arrow if not pyarrow.types.is_temporal(x.type)]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020

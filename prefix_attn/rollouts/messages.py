@@ -168,14 +168,15 @@ def is_text_parts(value: Any) -> bool:
 
 def _as_message(item: dict[str, Any]) -> dict[str, Any]:
     """An item of OpenAI's Responses as the message that Chat Completions have for it."""
-    kind = item.get("type")
+    kind = None if "role" in item else item.get("type")
     if kind == CALL:
         call = {name: item[name] for name in ("name", "arguments") if name in item}
         return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
     if kind == CALL_OUTPUT:
         return {"role": "tool", "content": item.get("output")}
     if kind == REASONING:
-        parts = item.get("content") or item.get("summary") or []
+        said = item.get("content") or item.get("summary") or item.get("encrypted_content") or ""
+        parts = said if isinstance(said, list) else [said]
         return {"role": "assistant", "reasoning_content": "\n".join(map(_written, parts))}
     return dict(item)
 
