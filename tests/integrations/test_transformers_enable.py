@@ -450,6 +450,12 @@ def test_equal_tokens_at_other_positions_are_not_shared(model):
     assert counts.tokens_run == len(row)
 
 
+def test_positions_between_integers_pass_through(model, batch):
+    shifted = torch.arange(batch["input_ids"].shape[1]) + torch.rand(len(batch["input_ids"]), 1)
+    counts = assert_same_when_enabled(model, {**batch, "position_ids": shifted}, packed=0)
+    assert list(counts.passed_through) == ["position_ids of dtype torch.float32"]
+
+
 def test_positions_that_restart_within_rows_split_them(model):
     """Two rows of two sequences each, no attention mask: four sequences."""
     a, b = rows_that_share()[0], rows_that_share()[2]

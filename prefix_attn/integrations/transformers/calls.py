@@ -230,6 +230,8 @@ def as_kinds(position_ids: Any, shape: torch.Size) -> Tensor | None:
         return None
     if not isinstance(position_ids, Tensor) or position_ids.dim() not in (2, 3):
         raise PassThroughError("position_ids have an unknown shape")
+    if position_ids.is_floating_point():
+        raise PassThroughError(f"position_ids of dtype {position_ids.dtype}")
     kinds = position_ids if position_ids.dim() == 3 else position_ids[None]
     if kinds.shape[1] not in (1, shape[0]) or kinds.shape[2] != shape[1]:
         raise PassThroughError("position_ids have an unknown shape")
