@@ -189,13 +189,13 @@ def test_bidirectional_attention_is_refused():
         model(**call)
 
 
-def layer_call(**options):
+def layer_call(mask=None, **options):
     from prefix_attn.integrations.transformers.attention import _attend
 
     layout = PrefixLayout.from_lengths([3], [[2, 1]])
     q = torch.randn(1, 4, 6, 16)
     return _attend(
-        torch.nn.Identity(), q, q, q, None, fallback="sdpa", prefix_layout=layout, **options
+        torch.nn.Identity(), q, q, q, mask, fallback="sdpa", prefix_layout=layout, **options
     )
 
 
@@ -224,6 +224,16 @@ def test_is_causal_means_nothing_beside_a_mask():
     found = _attend(torch.nn.Identity(), q, q, q, mask, fallback="sdpa", is_causal=False)[0]
     want = _attend(torch.nn.Identity(), q, q, q, None, fallback="sdpa", prefix_layout=layout)[0]
     assert torch.equal(found, want)
+
+
+def test_the_mask_decides_about_a_window_that_a_layer_names():
+    """As in sdpa; under flash attention the layer would."""
+    layout = PrefixLayout.from_lengths([3], [[2, 1]])
+    mask = LazyMask({"q_length": 6, "kv_length": 6}, "sdpa", layout)
+    torch.manual_seed(0)
+    found = layer_call(mask, sliding_window=2)[0]
+    torch.manual_seed(0)
+    assert torch.equal(found, layer_call(mask)[0])
 
 
 def test_sinks_without_a_layout_need_eager():

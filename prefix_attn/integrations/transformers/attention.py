@@ -212,8 +212,17 @@ class LazyMask:
         )
         return mask[index]
 
-    def why_not(self, window: int | None) -> str | None:
-        """The reason why a layout can't stand for this mask, or None."""
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included, as sdpa has them: layers may name others."""
+        return self.arguments.get("local_size")
+
+    def why_not(self, named: int | None) -> str | None:
+        """The reason why a layout can't stand for this mask, or None.
+
+        Args:
+            named: the sliding window that the attention layer names.
+        """
         asked = self.arguments
         if "allow_is_bidirectional_skip" in asked:
             return "its attention is bidirectional"
@@ -224,10 +233,14 @@ class LazyMask:
             )
         if self.adds_rules:
             return "it adds rules of its own to the causal mask"
-        if asked.get("local_size") not in (None, window):
+        config = asked.get("config")
+        windows: list[int | None] = [None, named]
+        if getattr(config, "attention_chunk_size", None) is None:
+            windows.append(getattr(config, "sliding_window", None))
+        if self.window not in windows:
             return (
-                f"its mask is local ({asked['local_size']} tokens) but its attention names a "
-                f"sliding_window of {window}: chunked attention is not supported"
+                f"its mask is local ({self.window} tokens) but its attention names a "
+                f"sliding_window of {named}: chunked attention is not supported"
             )
         return None
 
@@ -426,6 +439,7 @@ def _attend_packed(
         reason = attention_mask.why_not(window)
         if reason is not None:
             raise ValueError(f"{name} can't run under a prefix_layout: {reason}")
+        window = attention_mask.window
         if attention_mask.layout is None and not torch.compiler.is_compiling():
             attention_mask.check_call(module, options.get("position_ids"), layout)
     elif attention_mask is not None and not isinstance(attention_mask, PackedMask):
