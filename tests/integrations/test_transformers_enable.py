@@ -1277,6 +1277,15 @@ def test_attention_dropout_is_refused_in_training_only(batch):
     assert prefix_attn.stats(model).packed_calls == 2
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")]
+)
+def test_a_model_loaded_without_its_attention_dropout_is_packed(model_type, name, batch, tmp_path):
+    build(tiny_config(model_type, **{name: 0.1})).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **{name: 0.0}).train()
+    assert_same_when_enabled(loaded, batch)
+
+
 # ---- the self-check -----------------------------------------------------------------------------
 
 
@@ -1300,6 +1309,18 @@ def test_self_check_refuses_a_model_that_mixes_neighbours(dtype, batch):
     prefix_attn.enable(model, min_ratio=1.0, self_check=True)
     with pytest.raises(RuntimeError, match="self-check failed on LlamaModel"):
         model(**batch)
+
+
+def test_self_check_can_be_asked_for_of_an_enabled_model(batch):
+    model = build(tiny_config("llama"))
+    prefix_attn.enable(model, min_ratio=1.0)
+    model.get_decoder().layers[0] = ShiftLayer(model.get_decoder().layers[0])
+    model(**batch)
+    prefix_attn.enable(model, min_ratio=1.0, self_check=True)
+    with pytest.raises(RuntimeError, match="self-check failed on LlamaModel"):
+        model(**batch)
+    prefix_attn.enable(model, min_ratio=1.0, self_check=False)
+    model(**batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

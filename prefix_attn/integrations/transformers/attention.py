@@ -418,7 +418,8 @@ def _attend_packed(
     if dropout:
         raise ValueError(
             f"{name} has attention dropout {dropout} in training, which shared prefixes do not "
-            "support: set attention_dropout of the model's config to 0"
+            "support: load the model with from_pretrained(..., attention_dropout=0.0), in some "
+            "types attn_pdrop=0.0"
         )
     if options.get("position_bias") is not None:
         raise NotImplementedError(f"{name} adds a position bias, which is not supported")

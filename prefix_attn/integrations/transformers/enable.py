@@ -91,8 +91,8 @@ def enable(
         always: pack whatever is shared, a single sequence too, so that every call that can be
             packed computes its attention with the same kernel. Log-probabilities of one sequence
             then differ by less between a batch of one and a batch of many.
-        self_check: before the first batch, compare packed and ordinary hidden states of a few of
-            its tokens; by default for types of models that the tests do not cover.
+        self_check: before the next batch, compare packed and ordinary hidden states of a few of
+            its tokens, once; by default for types of models that the tests do not cover.
         share_pictures: run the tower of a vision-language model once for each distinct picture of
             a batch. A tower that draws noise in training runs every copy.
         token_keywords: names of keywords with which the decoder is called and that hold something
@@ -131,6 +131,8 @@ def enable(
     if state is not None and runs_ours(backbone):
         state.min_ratio, state.always, state.ranks = min_ratio, always, ranks
         state.token_keywords = keywords
+        if self_check is not None:
+            state.check_pending = self_check
         _set_sharing_of_pictures(model, backbone, share_pictures)
         return model
     refuse_unsupported(backbone)
