@@ -174,7 +174,10 @@ def pack_batch(
     parts += [] if position_ids is None else list(position_ids.long())
     parts += [x.long() for x in further]
     parts += [] if blocks is None else [blocks.long()]
-    host = torch.stack(parts).cpu().numpy()  # the one copy to the host
+    together = torch.stack(parts)
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(together):
+        raise PassThroughError("torch.jit.trace or torch.func, under which no batch can be read")
+    host = together.cpu().numpy()  # the one copy to the host
     block_ids = None if blocks is None else host[-1].ravel()
     first_further = len(parts) - len(further) - (blocks is not None)
     also = host[first_further : first_further + len(further)]

@@ -21,6 +21,7 @@ import prefix_attn  # noqa: E402
 from prefix_attn.integrations import OLDEST_TRANSFORMERS  # noqa: E402
 from prefix_attn.integrations.packing import WARN_AFTER, PassThroughError  # noqa: E402
 from prefix_attn.integrations.transformers.calls import find_packing  # noqa: E402
+from tests.integrations.test_transformers_exact import EXACT  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
     VOCAB,
     KeepDouble,
@@ -948,6 +949,21 @@ def test_hidden_states_come_back_in_the_layout_of_the_batch(model, batch):
         assert not a[~mask].any()
 
 
+def test_hidden_states_of_several_streams_come_back(batch):
+    """Gemma 3n's layers have (K, B, L, H)."""
+    model = build(tiny_config("gemma3n_text", **EXACT["gemma3n_text"])).eval()
+    mask = batch["attention_mask"].bool()
+    with KeepDouble():
+        want = model(**batch, output_hidden_states=True).hidden_states
+        prefix_attn.enable(model, min_ratio=1.0)
+        found = model(**batch, output_hidden_states=True).hidden_states
+    assert want[1].dim() == 4
+    for a, b in zip(found, want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b)[..., mask, :].abs().max() <= ROUNDING * b.abs().max()
+        assert not a[..., ~mask, :].any()
+
+
 def test_a_tuple_comes_back_where_one_is_asked_for(model, batch):
     prefix_attn.enable(model, min_ratio=1.0)
     decoder = model.get_decoder()
@@ -1125,6 +1141,39 @@ def test_compiling_takes_at_most_four_graphs_more(what, model_type):
     counts = prefix_attn.stats(model)
     assert counts.packed_calls >= 7
     assert counts.passed_through.total() >= 1
+
+
+def test_a_trace_holds_no_packing_of_the_batch_that_was_traced(model, batch):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids, attention_mask, use_cache=False).logits
+
+    prefix_attn.enable(model, min_ratio=1.0)
+    other = {name: x.flip(0) for name, x in batch.items()}
+    with KeepDouble():
+        traced = torch.jit.trace(Logits(), tuple(batch.values()), check_trace=False)
+        assert prefix_attn.stats(model).packed_calls == 0
+        found, want = traced(**other), model(**other, use_cache=False).logits
+    keep = other["attention_mask"].bool()
+    assert (found - want)[keep].abs().max() <= ROUNDING * want.abs().max()
+
+
+def test_torch_func_gives_the_gradients_of_backward(model, batch):
+    def loss(parameters):
+        call = {**batch, "use_cache": False}
+        return loss_of(torch.func.functional_call(model, parameters, (), call), keep)
+
+    keep = batch["attention_mask"]
+    parameters = dict(model.named_parameters())
+    prefix_attn.enable(model, min_ratio=1.0)
+    with KeepDouble():
+        found = {n: x.detach() for n, x in torch.func.grad(loss)(parameters).items()}
+        want = run(model, batch)
+    assert deviation({**found, "logits": want["logits"]}, want) <= ROUNDING
 
 
 def test_autocast_matches_ordinary_autocast(batch):

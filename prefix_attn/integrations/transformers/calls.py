@@ -385,6 +385,9 @@ def _hand_back(name: str, value: Any, packing: Packing, handed: dict[int, Tensor
     if isinstance(value, Tensor) and id(value) not in handed:
         if value.dim() == 3 and value.shape[:2] == (1, tokens):
             handed[id(value)] = packing.unpack(value[0])
+        elif value.dim() == 4 and value.shape[1:3] == (1, tokens):  # Gemma 3n's (K, B, L, H)
+            streams = packing.unpack(value[:, 0].transpose(0, 1).flatten(1))
+            handed[id(value)] = streams.unflatten(-1, (len(value), -1)).movedim(-2, 0)
         elif value.dim() == 2 and value.shape[0] == tokens:  # router logits: places end to end
             handed[id(value)] = packing.unpack(value).flatten(0, 1)
     if not isinstance(value, Tensor) or id(value) not in handed:
