@@ -174,10 +174,8 @@ def pack_batch(
     parts += [] if position_ids is None else list(position_ids.long())
     parts += [x.long() for x in further]
     parts += [] if blocks is None else [blocks.long()]
-    together = torch.stack(parts)
-    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(together):
-        raise PassThroughError("torch.jit.trace or torch.func, under which no batch can be read")
-    host = together.cpu().numpy()  # the one copy to the host
+    check_can_be_read()
+    host = torch.stack(parts).cpu().numpy()  # the one copy to the host
     block_ids = None if blocks is None else host[-1].ravel()
     first_further = len(parts) - len(further) - (blocks is not None)
     also = host[first_further : first_further + len(further)]
@@ -235,6 +233,16 @@ def pack_batch(
         tokens_in=tokens_in,
         with_blocks=with_blocks,
     )
+
+
+def check_can_be_read() -> None:
+    """Passes a batch through whose numbers can't be read, or would become those of a trace.
+
+    Raises:
+        PassThroughError: under torch.jit.trace and the transforms of torch.func.
+    """
+    if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        raise PassThroughError("torch.jit.trace or torch.func, under which no batch can be read")
 
 
 def _whole_blocks(

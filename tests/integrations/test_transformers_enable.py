@@ -1360,6 +1360,17 @@ def test_self_check_refuses_a_model_that_mixes_neighbours(dtype, batch):
         model(**batch)
 
 
+def test_self_check_waits_for_a_batch_that_can_be_packed(batch):
+    model = build(tiny_config("llama"))
+    prefix_attn.enable(model, min_ratio=1.0, self_check=True)
+    model.get_decoder().layers[0] = ShiftLayer(model.get_decoder().layers[0])
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out)
+    model(**batch)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="self-check failed on LlamaModel"):
+        model(**batch)
+
+
 def test_self_check_can_be_asked_for_of_an_enabled_model(batch):
     model = build(tiny_config("llama"))
     prefix_attn.enable(model, min_ratio=1.0)

@@ -20,7 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_attn.integrations.packing import Packing, PackingStats, PassThroughError
+from prefix_attn.integrations.packing import (
+    Packing,
+    PackingStats,
+    PassThroughError,
+    check_can_be_read,
+)
 from prefix_attn.integrations.transformers import pictures
 from prefix_attn.integrations.transformers.attention import EAGER_NAME, SDPA_NAME, mask_making
 from prefix_attn.integrations.transformers.caches import generates
@@ -33,7 +38,7 @@ from prefix_attn.integrations.transformers.calls import (
     runs_ours,
 )
 from prefix_attn.integrations.transformers.decoder import Weak, decoder_of
-from prefix_attn.integrations.transformers.hooks import check_adapters
+from prefix_attn.integrations.transformers.hooks import check_hooks
 from prefix_attn.integrations.transformers.mixers import Mixers
 from prefix_attn.integrations.transformers.refusals import refuse_unsupported
 from prefix_attn.integrations.transformers.self_check import TESTED_MODEL_TYPES, self_check
@@ -305,7 +310,9 @@ def check_once(
     if not isinstance(tokens, Tensor) or not tokens.numel():
         return
     try:
-        check_adapters(backbone)  # PEFT would hand those of this batch's rows to other rows
+        check_can_be_read()
+        # PEFT would hand the adapters of this batch's rows to other rows.
+        check_hooks(backbone, embeds=kwargs.get("inputs_embeds") is not None)
     except PassThroughError:
         return
 
