@@ -365,6 +365,28 @@ def test_an_unknown_tensor_runs_every_copy():
     assert list(prefix_attn.stats(model).pictures_repeated) == ["the keyword weights"]
 
 
+def test_a_traced_tower_runs_every_picture():
+    """Which pictures of the traced call were equal must not be part of the trace."""
+    model, batch = vision_model("llava")
+    features = model.model.get_image_features
+    pixels = batch["pixel_values"]
+    other = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(7)).to(pixels)
+
+    class Tower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model.model
+
+        def forward(self, pixels):
+            return torch.cat(self.model.get_image_features(pixels).pooler_output)
+
+    with KeepDouble():
+        want = torch.cat(features(other).pooler_output)
+        prefix_attn.enable(model, self_check=False)
+        traced = torch.jit.trace(Tower(), (pixels,), check_trace=False)
+        torch.testing.assert_close(traced(other), want, rtol=1e-9, atol=1e-9)
+
+
 def test_pictures_of_other_models_run_every_copy():
     model, batch = vision_model("llava")
     model.model.config.model_type = "another"

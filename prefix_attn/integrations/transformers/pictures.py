@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from prefix_attn.integrations.packing import PassThroughError, bits_of, checksums
+from prefix_attn.integrations.packing import (
+    PassThroughError,
+    bits_of,
+    check_can_be_read,
+    checksums,
+)
 from prefix_attn.integrations.transformers.attention import HARMLESS
 from prefix_attn.integrations.transformers.decoder import Weak
 from prefix_attn.recurrence import HandBack
@@ -205,6 +210,7 @@ def _read(model: PreTrainedModel, call: dict[str, Any], harmless: frozenset[str]
     """
     if model.config.model_type not in PICTURE_MODELS:
         raise PassThroughError(f"pictures of {model.config.model_type!r} are not known")
+    check_can_be_read()
     name, pixels = next(iter(call.items()))
     for asked in ("output_hidden_states", "output_attentions"):
         if call.get(asked):
