@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NoReturn
 
 import torch
@@ -65,6 +66,18 @@ def makes_cache(backbone: PreTrainedModel, call: dict[str, Any]) -> bool:
     )
     wanted = getattr(backbone.config, "use_cache", False) if asked is None else asked
     return bool(wanted) and not checkpoints
+
+
+def shares_by_cache(backbone: PreTrainedModel) -> bool:
+    """Whether layers take the keys of other layers from the cache, and have their own without one.
+
+    Gemma 3n's do in transformers 5.5.
+    """
+    return bool(getattr(backbone.config, "num_kv_shared_layers", 0)) and any(
+        getattr(module, "is_kv_shared_layer", False)
+        and "shared_kv_states" not in inspect.signature(type(module).forward).parameters
+        for module in backbone.modules()
+    )
 
 
 def mark_unfilled(out: Any, backbone: PreTrainedModel, call: dict[str, Any]) -> Any:

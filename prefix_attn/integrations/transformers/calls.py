@@ -32,7 +32,12 @@ from prefix_attn.integrations.transformers.attention import (
     splits_rows,
 )
 from prefix_attn.integrations.transformers.blocks import blocks_of
-from prefix_attn.integrations.transformers.caches import generates, makes_cache, mark_unfilled
+from prefix_attn.integrations.transformers.caches import (
+    generates,
+    makes_cache,
+    mark_unfilled,
+    shares_by_cache,
+)
 from prefix_attn.integrations.transformers.hooks import check_hooks
 from prefix_attn.integrations.transformers.refusals import is_causal_by_mask, refuse_parts
 from prefix_attn.integrations.transformers.token_keywords import TokenKeywords
@@ -103,6 +108,8 @@ def find_packing(
         raise PassThroughError("the caller passes a prefix_layout")
     if generates(kwargs):
         raise PassThroughError(GENERATION)
+    if makes_cache(backbone, kwargs) and shares_by_cache(backbone):
+        raise PassThroughError("layers share keys by the cache, unless use_cache=False")
     if not runs_ours(backbone):  # chosen by the caller, or for a model with the same config object
         name = backbone.config._attn_implementation
         raise PassThroughError(f"attn_implementation is {name!r} since enable")

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from prefix_attn.integrations.transformers.attention import rope_reads_range
+from prefix_attn.integrations.transformers.caches import makes_cache, shares_by_cache
 from prefix_attn.integrations.transformers.mixers import find_mixers
 
 
@@ -29,6 +30,8 @@ def why_not(model: torch.nn.Module, backbone: PreTrainedModel) -> str | None:
     """The reason why micro-groups would be wrong for an enabled model, or None."""
     if rope_reads_range(backbone.config):
         return "its rotary frequencies depend on the longest sequence of a call"
+    if makes_cache(backbone, {}) and shares_by_cache(backbone):
+        return "its layers share keys by the cache: set use_cache of its config to False"
     for mixer in find_mixers(backbone):
         return f"the states of {mixer.name} ({type(mixer.module).__name__}) are not recorded"
     for module in model.modules():
