@@ -102,7 +102,7 @@ $(TRAINERS_VENV)/.stamp: pyproject.toml $(SHARED_VENV)/.stamp
 		psutil pytest hypothesis spmd_types==0.2.3 tensorboard torchdata tyro \
 		'trl==1.16.*' matplotlib prefix-grouper \
 		hjson msgpack ninja py-cpuinfo pydantic 'setuptools<81' wheel
-	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(TRITON) \
+	$(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps \
 		areal==1.0.4 axolotl==0.19.0 openrlhf==0.11.2 skyrl==0.3.0 torchtitan==0.3.0
 	DS_BUILD_OPS=0 $(TRAINERS_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps \
 		--no-build-isolation deepspeed==0.19.8

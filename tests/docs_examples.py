@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     page.relative_to(ROOT).as_posix()
@@ -76,6 +78,15 @@ def run_examples(page: str, names: dict, *, integrations: bool) -> dict:
         if example.runs and bool(example.library) == integrations:
             exec(code, names)
     return names
+
+
+def names_of_nan(names: dict) -> list[str]:
+    """The tensors with a NaN among what examples leave."""
+    return [
+        name
+        for name, x in names.items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.isnan().any())
+    ]
 
 
 def pages_to_run(*, integrations: bool) -> list[str]:

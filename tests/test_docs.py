@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from prefix_attn import PrefixLayout
-from tests.docs_examples import PAGES, ROOT, examples, pages_to_run, run_examples
+from tests.docs_examples import PAGES, ROOT, examples, names_of_nan, pages_to_run, run_examples
 
 QUICKSTARTS = {"README.md", "docs/pages/index.md"}
 
@@ -24,7 +24,9 @@ QUICKSTARTS = {"README.md", "docs/pages/index.md"}
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples_compile(page):
     for example in examples(page):
-        compile(example.code, f"{page}:{example.line}", "exec")
+        where = f"{page}:{example.line}"
+        code = compile(example.code, where, "exec")
+        assert code.co_names, f"{where} does nothing"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def test_python_examples_run(page, one_rank):
     with warnings.catch_warnings():
         # FlexAttention says that it is slow when it is not compiled.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        run_examples(page, {"__name__": "example"}, integrations=False)
+        names = run_examples(page, {"__name__": "example"}, integrations=False)
+    assert names_of_nan(names) == []
 
 
 @pytest.mark.parametrize("page", sorted(QUICKSTARTS))

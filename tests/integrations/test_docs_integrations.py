@@ -10,7 +10,7 @@ import torch.distributed as dist
 import transformers
 
 import prefix_attn
-from tests.docs_examples import pages_to_run, run_examples
+from tests.docs_examples import names_of_nan, pages_to_run, run_examples
 from tests.integrations.tiny_models import SMALL
 
 GRPO = "docs/pages/grpo.md"
@@ -38,7 +38,7 @@ def one_rank():
 
 @pytest.mark.parametrize("page", [p for p in pages_to_run(integrations=True) if p != GRPO])
 def test_python_examples_run(page, one_rank):
-    run(page)
+    assert names_of_nan(run(page)) == []
 
 
 def test_grpo_example_packs_what_it_says():

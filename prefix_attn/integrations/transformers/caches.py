@@ -73,11 +73,13 @@ def shares_by_cache(backbone: PreTrainedModel) -> bool:
 
     Gemma 3n's do in transformers 5.5.
     """
-    return bool(getattr(backbone.config, "num_kv_shared_layers", 0)) and any(
-        getattr(module, "is_kv_shared_layer", False)
-        and "shared_kv_states" not in inspect.signature(type(module).forward).parameters
-        for module in backbone.modules()
-    )
+    if not getattr(backbone.config, "num_kv_shared_layers", 0):
+        return False
+    layers = (x for x in backbone.modules() if getattr(x, "is_kv_shared_layer", False))
+    layer = next(layers, None)
+    if layer is None:
+        return False
+    return "shared_kv_states" not in inspect.signature(type(layer).forward).parameters
 
 
 def mark_unfilled(out: Any, backbone: PreTrainedModel, call: dict[str, Any]) -> Any:
